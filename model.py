@@ -1,0 +1,790 @@
+"""
+model.py: a Qwen3-style mixture-of-experts transformer, from token to loss and back to text.
+
+Read router.py first (which experts does a token visit?); this file is everything around it, top to bottom: the
+configuration, its sizes counted before anything is allocated, attention, experts, the model, its loss, Hugging Face
+checkpoints in and out, the tokenizer, and text generation.
+
+What differs from the GPT-2 you may know from nanoGPT:
+    RMSNorm without bias before each part, and over each head's queries and keys     (Qwen3)
+    rotary positions (base 1,000,000) instead of learnt ones                          (Su 2021)
+    grouped-query attention: several query heads share one key/value head             (Ainslie 2023)
+    a SwiGLU feed-forward, silu(x W_gate) * (x W_up) W_down, no bias anywhere          (Shazeer 2020)
+    not one feed-forward but E of them, of which each token visits K                  (Shazeer 2017)
+
+Axes, here and in router.py:
+    B batch   T sequence   N = B * T tokens   D d_model   H heads   E experts   K experts a token visits (top-k)
+    F width of one expert   R = N * K routed rows   V vocabulary
+
+    python model.py configs/tiny.py [--json]         sizes, FLOPs and memory of a config
+    python model.py out/tiny --prompt "def " [...]   text from a trained run
+"""
+
+import argparse
+import base64
+import codecs
+import difflib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from router import POLICIES, combine, gather, route
+
+
+class BadInput(Exception):
+    """The user can mend this: one line saying what is wrong, what is allowed, and the fix. Scripts exit with code 2."""
+
+
+def closest(word: str, known) -> str:
+    """', did you mean X?' when a known name is near, else ''."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+# --- the configuration ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a model. The comment behind a field is its help text."""
+
+    n_layer: int = 4              # transformer blocks
+    d_model: int = 256            # D, width of the residual stream
+    n_head: int = 8               # H, query heads
+    n_kv_head: int = 4            # key/value heads, each shared by n_head / n_kv_head query heads
+    d_head: int = 32              # width of a head (even: rotary positions turn pairs)
+    n_expert: int = 16            # E, experts a layer; 1 is a dense feed-forward without router
+    top_k: int = 4                # K, experts a token visits
+    d_expert: int = 192           # F, hidden width of one expert (of the feed-forward when n_expert = 1)
+    vocab_size: int = 264         # V, rows of the embedding; at least the tokenizer's size
+    seq_len: int = 512            # T, tokens in a training sequence
+    max_seq_len: int = 262_144    # positions the model accepts; costs no memory until used
+    rope_base: float = 1e6        # rotary frequencies are rope_base ** (-2i / d_head)
+    norm_eps: float = 1e-6        # added to the mean square inside RMSNorm
+    qk_norm: bool = True          # RMSNorm over each head's queries and keys
+    tie_embeddings: bool = True   # the output head is the embedding table
+    router: str = "softmax"       # routing policy, a name in router.POLICIES
+    renormalize: bool = True      # the K combine weights sum to 1
+    aux_coef: float = 0.01        # weight of the load-balancing loss
+    z_coef: float = 0.001         # weight of the router z-loss
+    init_scale: float = 0.3       # weights start at std sqrt(init_scale / fan_in), cut at two std
+
+    def validate(self) -> None:
+        """Raise BadInput at the first value no model can have."""
+        for name in ("n_layer", "d_model", "n_head", "n_kv_head", "d_head", "n_expert", "top_k", "d_expert",
+                     "vocab_size", "seq_len", "max_seq_len", "rope_base", "norm_eps", "init_scale"):
+            require(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be positive")
+        for name in ("aux_coef", "z_coef"):
+            require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)} must not be negative")
+        require(self.top_k <= self.n_expert, f"top_k = {self.top_k} must be 1 to n_expert = {self.n_expert}")
+        require(self.n_head % self.n_kv_head == 0,
+                f"n_head = {self.n_head} must be a multiple of n_kv_head = {self.n_kv_head}")
+        require(self.d_head % 2 == 0, f"d_head = {self.d_head} must be even, rotary positions turn pairs")
+        require(self.seq_len <= self.max_seq_len,
+                f"seq_len = {self.seq_len} must not exceed max_seq_len = {self.max_seq_len}")
+        require(self.router in POLICIES,
+                f"router = {self.router!r} is not one of {', '.join(POLICIES)}{closest(self.router, POLICIES)}")
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise BadInput(message)
+
+
+# --- counting, before anything is allocated -------------------------------------------------------------------------
+
+
+def count(config: ModelConfig) -> dict[str, int]:
+    """Parameters and training FLOPs, read off the real modules on the meta device (no memory is touched).
+
+    total, active      with tied embeddings; active are those one token touches: K of the E experts, all else
+    *_untied           the same with a separate output head
+    embedding          one V x D table
+    flops_per_token    forward + backward, a multiply-add is 2: see training_flops
+    """
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in Model(config).named_parameters()}
+    embedding = sizes.pop("embed.weight")
+    sizes.pop("head.weight", None)
+    expert = sum(n for name, n in sizes.items() if name.endswith(("ffn.w_in", "ffn.w_out")))
+    total = sum(sizes.values()) + embedding
+    active = total - expert + expert * config.top_k // config.n_expert
+    return {"total": total, "active": active, "total_untied": total + embedding, "active_untied": active + embedding,
+            "embedding": embedding, "flops_per_token": training_flops(config, active)}
+
+
+def training_flops(config: ModelConfig, active: int) -> int:
+    """6 FLOPs a token and active parameter, plus causal attention over T / 2 earlier tokens on average.
+
+    Forward: 2 per parameter; q k^T and its product with v are 2 * 2 * H * d_head * T / 2 a layer. Backward: twice that.
+    The embedding counts once, as the output head: looking a row up costs nothing.
+    """
+    attention = 6 * config.n_layer * config.n_head * config.d_head * config.seq_len
+    return 6 * active + attention
+
+
+LOGIT_BYTES = 256 * 2**20     # the loss works through the vocabulary in pieces of this size: see LinearCrossEntropy
+
+
+def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") -> dict[str, int]:
+    """Bytes one training step needs, item by item. Master weights, gradients and AdamW's two moments are float32.
+
+    Activations are what autograd keeps for the backward pass, layer by layer, plus the temporaries of the one layer
+    being worked on; logits are the pieces LinearCrossEntropy holds at once.
+    """
+    c, sizes = config, count(config)
+    params = sizes["total"] if c.tie_embeddings else sizes["total_untied"]
+    tokens, wide = micro_batch * c.seq_len, 2 if dtype == "bfloat16" else 4
+    query, key = c.n_head * c.d_head, c.n_kv_head * c.d_head
+    residual = 2 * c.d_model * 4 + 2 * c.d_model * max(wide, 4)  # input and norm, twice a block
+    attention = (2 * (query + 2 * key) + 2 * query) * wide  # q k v before and after RoPE, y twice
+    experts = 2 * c.top_k * c.d_expert * wide + (c.n_expert > 1) * 4 * (3 * c.n_expert + 8 * c.top_k)
+    working = c.top_k * (2 * c.d_model + 5 * c.d_expert) * wide                  # gathered rows and their gradients
+    table = c.vocab_size * c.d_model * 4
+    logits = 2 * min(LOGIT_BYTES, tokens * c.vocab_size * 4) + 2 * table  # piece, its product; table gradients
+    parts = {"weights": 4 * params, "gradients": 4 * params, "optimizer": 8 * params,
+             "activations": tokens * (c.n_layer * (residual + attention + experts) + working), "logits": logits}
+    return parts | {"total": sum(parts.values())}
+
+
+# --- the parts ------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis (Zhang 2019)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rope_tables(start: int, length: int, config: ModelConfig, device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * base^(-2i / d_head), (T, d_head / 2) float32 each, for T positions from start."""
+    i = torch.arange(0, config.d_head, 2, device=device, dtype=torch.float32)
+    position = torch.arange(start, start + length, device=device, dtype=torch.float32)
+    angle = position[:, None] * config.rope_base ** (-i / config.d_head)
+    return angle.cos(), angle.sin()
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + d_head/2}) of x (B, H, T, d_head) by its angle: q.k then sees only the distance."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Cache:
+    """Keys and values of the tokens read so far, (L, B, H_kv, length, d_head) each: a new token costs one step."""
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, device, dtype):
+        shape = (config.n_layer, batch, config.n_kv_head, length, config.d_head)
+        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+        self.used = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.used + k.shape[2]
+        self.k[layer, :, :, self.used:end], self.v[layer, :, :, self.used:end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = config
+        self.heads = (c.n_head, c.n_kv_head, c.n_kv_head)
+        self.qkv = nn.Linear(c.d_model, sum(self.heads) * c.d_head, bias=False)
+        self.out = nn.Linear(c.n_head * c.d_head, c.d_model, bias=False)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.d_head, c.norm_eps), RMSNorm(c.d_head, c.norm_eps)
+        self.d_head, self.qk_norm = c.d_head, c.qk_norm
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, layer: int) -> Tensor:
+        B, T, _ = x.shape
+        heads = self.qkv(x).view(B, T, -1, self.d_head).transpose(1, 2)          # (B, H + 2 H_kv, T, d_head)
+        q, k, v = heads.split(self.heads, 1)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        mask = None
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+            if cache.used and T > 1:      # new tokens see all before them and themselves
+                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.used)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class Dense(nn.Module):
+    """The feed-forward of a model without experts: w_down (silu(w_gate x) * w_up x)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w_in = nn.Parameter(torch.empty(2 * config.d_expert, config.d_model))     # gate rows, then up rows
+        self.w_out = nn.Parameter(torch.empty(config.d_model, config.d_expert))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        gate, up = F.linear(x, self.w_in).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, self.w_out), None
+
+
+class MoE(nn.Module):
+    """E feed-forwards, each token visits K: y = sum_k weight_k * expert_k(x)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        E, D, width = config.n_expert, config.d_model, config.d_expert
+        self.gate = nn.Parameter(torch.empty(E, D))
+        self.w_in = nn.Parameter(torch.empty(E, 2 * width, D))                         # gate rows, then up rows
+        self.w_out = nn.Parameter(torch.empty(E, D, width))
+        self.config = config
+
+    def forward(self, x: Tensor):
+        flat = x.reshape(-1, x.shape[-1])                                              # (N, D)
+        with torch.autocast(x.device.type, enabled=False):        # float32 always: rounding would turn near ties around
+            r = route(F.linear(flat.float(), self.gate.float()), self.config)
+        y = Experts.apply(flat.to(compute_dtype(x)), r.weights, self.w_in, self.w_out, r.token, r.slot, r.offsets)
+        return y.view_as(x), r
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The precision matrix products run in: autocast's where it is on, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class Experts(torch.autograd.Function):
+    """Rows to experts and back: y[n] = sum_k weight[n, k] W_out[e] (silu(g) * u), with (g, u) = W_in[e] x[n].
+
+    Autograd would keep the gathered rows, the activation and every expert's output. Written by hand, only x, the
+    pre-activation h and the weights stay: the rest is cheap to make again, and a combine weight's gradient needs no
+    output, since <dy, W_out a> = <W_out^T dy, a>.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weights, w_in, w_out, token, slot, offsets):
+        rows = gather(x, token, slot.shape[1])                                         # (R, D) in expert order
+        h = grouped_linear(rows, w_in.to(x.dtype), offsets)                            # (R, 2F)
+        weight = weights.flatten()[token].unsqueeze(1)                                 # (R, 1)
+        gate, up = h.chunk(2, -1)
+        a = F.silu(gate).mul_(up).mul_(weight)             # weighted here, F wide, so that combine is a plain sum
+        ctx.save_for_backward(x, weights, w_in, w_out, token, slot, offsets, h)
+        return combine(grouped_linear(a, w_out.to(x.dtype), offsets), slot)            # (N, D)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weights, w_in, w_out, token, slot, offsets, h = ctx.saved_tensors
+        k = slot.shape[1]
+        weight = weights.flatten()[token].unsqueeze(1)                                 # (R, 1)
+        gate, up = h.chunk(2, -1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        dy = gather(dy.to(x.dtype), token, k)                                          # (R, D)
+        da = grouped_linear(dy, w_out.to(x.dtype).transpose(1, 2), offsets)            # (R, F) of the weighted a
+        dw_out = grouped_outer(dy, silu * up * weight, offsets)                        # (E, D, F)
+        dweight = (da * silu * up).sum(-1, dtype=torch.float32)                        # (R,)
+        da = da * weight
+        dh = torch.cat([da * up * sigmoid * (1 + gate * (1 - sigmoid)), da * silu], -1)
+        dw_in = grouped_outer(dh, gather(x, token, k), offsets)                        # (E, 2F, D)
+        dx = combine(grouped_linear(dh, w_in.to(x.dtype).transpose(1, 2), offsets), slot)
+        return dx, dweight[slot], dw_in.to(w_in.dtype), dw_out.to(w_out.dtype), None, None, None
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Each expert's block of rows (R, I) times its weight (E, O, I) transposed: (R, O)."""
+    if has_grouped_mm(rows):
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
+    out = rows.new_empty(len(rows), weight.shape[1])
+    for e, (start, end) in enumerate(blocks(offsets)):
+        torch.mm(rows[start:end], weight[e].t(), out=out[start:end])
+    return out
+
+
+def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """Gradient of each expert's weight: the sum over its rows of left (R, O) times right (R, I): (E, O, I)."""
+    if has_grouped_mm(left):
+        return F.grouped_mm(left.t(), right, offs=offsets)
+    out = left.new_empty(len(offsets), left.shape[1], right.shape[1])
+    for e, (start, end) in enumerate(blocks(offsets)):
+        torch.mm(left[start:end].t(), right[start:end], out=out[e])
+    return out
+
+
+def has_grouped_mm(rows: Tensor) -> bool:
+    """grouped_mm is one fast kernel for bf16 from Hopper on; elsewhere a loop of mm over contiguous blocks beats it."""
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+
+
+def blocks(offsets: Tensor) -> list[tuple[int, int]]:
+    """(first row, one past the last) of each expert."""
+    ends = offsets.tolist()
+    return list(zip([0, *ends[:-1]], ends))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(config.d_model, config.norm_eps), Attention(config)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.ffn = MoE(config) if config.n_expert > 1 else Dense(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, layer: int):
+        x = x + self.attn(self.attn_norm(x), cos, sin, cache, layer)
+        y, routing = self.ffn(self.ffn_norm(x))
+        return x + y, routing
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+class Output(NamedTuple):
+    """What one forward pass found. Without targets: logits. With: the losses, kept apart, each a float32 scalar."""
+
+    logits: Tensor | None       # (B, T, V)
+    ce: Tensor | None           # cross-entropy, nats per token
+    balance: Tensor | None      # Switch balance loss, mean over layers; 0 in a dense model
+    z: Tensor | None            # router z-loss, mean over layers; 0 in a dense model
+    stats: dict[str, Tensor]    # router statistics, a row a layer: load (L, E), entropy (L,), ...; empty if dense
+
+
+class Model(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Output:
+        """tokens (B, T) int64; targets (B, T) are the tokens that come next. A cache continues where it stands."""
+        x, routings = self.embed(tokens), []
+        start = cache.used if cache is not None else 0
+        assert start + tokens.shape[1] <= self.config.max_seq_len, "more positions than max_seq_len"
+        cos, sin = rope_tables(start, tokens.shape[1], self.config, tokens.device)
+        for layer, block in enumerate(self.blocks):
+            x, routing = block(x, cos, sin, cache, layer)
+            routings += [routing] if routing else []
+        if cache is not None:
+            cache.used += tokens.shape[1]
+        x = self.norm(x)
+        names = routings[0].stats if routings else ()
+        stats = {name: torch.stack([r.stats[name] for r in routings]) for name in names}
+        if targets is None:
+            return Output(F.linear(x, self.head_weight), None, None, None, stats)
+        x = x.flatten(0, 1)
+        ce = LinearCrossEntropy.apply(x.to(compute_dtype(x)), self.head_weight, targets.flatten())
+        balance, z = (torch.stack([r.losses[name] for r in routings]).mean() if routings else ce.new_zeros(())
+                      for name in ("balance", "z"))
+        return Output(None, ce, balance, z, stats)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embed.weight if self.config.tie_embeddings else self.head.weight
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> "Model":
+        """Fill every parameter from INIT, in order, from one seeded generator: the same weights on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            std = init_std(name, p, self.config)
+            if std is None:
+                nn.init.ones_(p)
+            else:
+                p.copy_(nn.init.trunc_normal_(torch.empty(p.shape), 0, std, -2 * std, 2 * std, generator=generator))
+        return self
+
+
+def init_std(name: str, p: Tensor, config: ModelConfig) -> float | None:
+    """Standard deviation a parameter starts with; None: it starts at one.
+
+    norm weights                              1
+    embed, head, attn.qkv, ffn.gate, ffn.w_in     sqrt(init_scale / D)
+    attn.out, ffn.w_out                       sqrt(init_scale / fan_in) / sqrt(2 L)
+
+    Normal, cut at two standard deviations, variance a fraction of 1 / fan_in (Switch 2021: 0.1 is steady when sparse).
+    The two that write to the residual stream shrink with depth, so that its variance does not grow with it (GPT-2).
+    """
+    if p.dim() == 1:
+        return None
+    std = math.sqrt(config.init_scale / p.shape[-1])  # fan_in is every matrix's last axis
+    return std / math.sqrt(2 * config.n_layer) if name.endswith(("attn.out.weight", "ffn.w_out")) else std
+
+
+def parameter_groups(model: Model, weight_decay: float) -> list[dict]:
+    """AdamW groups: decay for matrices, none for norms (their one is not zero) and embeddings.
+
+    A rare token's embedding row gets a gradient once in many steps; decay every step would pull it to zero in between.
+    A tied head is the embedding, so it goes without; an untied one sees every token's gradient and decays.
+    """
+    decay = [p for name, p in model.named_parameters() if p.dim() > 1 and name != "embed.weight"]
+    plain = [p for name, p in model.named_parameters() if p.dim() == 1 or name == "embed.weight"]
+    assert len(decay) + len(plain) == len(list(model.parameters()))
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """mean(cross_entropy(x @ weight.T, targets)) for x (N, D), weight (V, D), targets (N,), without the N x V logits.
+
+    With 151,936 words the logits of 2,048 tokens are 1.2 GB, their gradient as much again. Instead tokens are taken a
+    few at a time, LOGIT_BYTES of logits each, and since the loss is a mean of independent tokens its gradient
+    (softmax - one_hot) / N is known at once: the forward pass finishes both gradients, and backward only scales them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        n, w = len(x), weight.detach().to(x.dtype)
+        step = max(1, LOGIT_BYTES // (4 * len(w)))
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros(weight.shape, device=x.device) if ctx.needs_input_grad[1] else None
+        for part in torch.arange(n).split(step):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            logits = (x[rows] @ w.t()).float()                                   # (step, V)
+            target = targets[rows, None]
+            lse = logits.logsumexp(-1, keepdim=True)
+            total += (lse - logits.gather(1, target)).sum()
+            if dx is not None:
+                p = logits.sub_(lse).exp_()                                                      # softmax, in place
+                p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))            # minus one_hot
+                p = (p / n).to(x.dtype)
+                dx[rows] = p @ w
+                dweight += p.t() @ x[rows]
+        ctx.grads = dx, dweight
+        return total / n
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dweight = ctx.grads
+        ctx.grads = None                                              # scaled in place, so they can be handed out once
+        return dx.mul_(grad), dweight.mul_(grad), None
+
+
+# --- Hugging Face checkpoints ---------------------------------------------------------------------------------------
+
+
+HF_FIELDS = {  # ours: theirs (Qwen3MoeConfig)
+    "n_layer": "num_hidden_layers", "d_model": "hidden_size", "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads", "d_head": "head_dim", "n_expert": "num_experts", "top_k": "num_experts_per_tok",
+    "d_expert": "moe_intermediate_size", "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings", "renormalize": "norm_topk_prob",
+    "aux_coef": "router_aux_loss_coef",
+}
+HF_UNSUPPORTED = {  # theirs: the only value this model can be
+    "attention_bias": False, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "hidden_act": "silu",
+}
+
+
+def hf_names(config: ModelConfig) -> dict[str, list]:
+    """Our parameter -> their tensors: a list is concatenated by rows, a list of lists is then stacked over experts."""
+    names = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
+    if not config.tie_embeddings:
+        names["head.weight"] = ["lm_head.weight"]
+    for i in range(config.n_layer):
+        ours, hf = f"blocks.{i}.", f"model.layers.{i}."
+        names[ours + "attn_norm.weight"] = [hf + "input_layernorm.weight"]
+        names[ours + "attn.qkv.weight"] = [f"{hf}self_attn.{x}_proj.weight" for x in "qkv"]
+        names[ours + "attn.out.weight"] = [hf + "self_attn.o_proj.weight"]
+        if config.qk_norm:
+            names[ours + "attn.q_norm.weight"] = [hf + "self_attn.q_norm.weight"]
+            names[ours + "attn.k_norm.weight"] = [hf + "self_attn.k_norm.weight"]
+        names[ours + "ffn_norm.weight"] = [hf + "post_attention_layernorm.weight"]
+        if config.n_expert == 1:
+            names[ours + "ffn.w_in"] = [f"{hf}mlp.{x}_proj.weight" for x in ("gate", "up")]
+            names[ours + "ffn.w_out"] = [hf + "mlp.down_proj.weight"]
+        else:
+            each = [f"{hf}mlp.experts.{e}." for e in range(config.n_expert)]
+            names[ours + "ffn.gate"] = [hf + "mlp.gate.weight"]
+            names[ours + "ffn.w_in"] = [[f"{x}gate_proj.weight", f"{x}up_proj.weight"] for x in each]
+            names[ours + "ffn.w_out"] = [[f"{x}down_proj.weight"] for x in each]
+    return names
+
+
+def to_hf_tensors(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under transformers' names and shapes (weights, or anything shaped like them: gradients)."""
+    out = {}
+    heads = [config.n_head * config.d_head, config.n_kv_head * config.d_head, config.n_kv_head * config.d_head]
+    for ours, theirs in hf_names(config).items():
+        parts = tensors[ours] if isinstance(theirs[0], list) else [tensors[ours]]
+        for names, tensor in zip(theirs if isinstance(theirs[0], list) else [theirs], parts):
+            sizes = heads if len(names) == 3 else [len(tensor) // len(names)] * len(names)
+            out |= dict(zip(names, tensor.split(sizes)))
+    return out
+
+
+def to_hf(model: Model, folder: str | Path) -> None:
+    """Write config.json and model.safetensors for transformers' Qwen3MoeForCausalLM (dense: Qwen3ForCausalLM)."""
+    save_file = optional("safetensors.torch").save_file
+    c, moe = model.config, model.config.n_expert > 1
+    require(c.qk_norm, "qk_norm = False cannot be exported: transformers' Qwen3 always normalises queries and keys")
+    require(c.router == "softmax", f"router = {c.router!r} cannot be exported: transformers' Qwen3-MoE has softmax")
+    config = {theirs: getattr(c, ours) for ours, theirs in HF_FIELDS.items()} | HF_UNSUPPORTED
+    config |= {"model_type": "qwen3_moe" if moe else "qwen3", "intermediate_size": c.d_expert, "dtype": "float32",
+               "architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"], "rope_theta": c.rope_base,
+               "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base}}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = to_hf_tensors(c, {name: p.detach().cpu() for name, p in model.named_parameters()})
+    tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def from_hf(folder: str | Path) -> Model:
+    """Read a Qwen3-MoE (or dense Qwen3) folder: one safetensors file or a sharded index, experts singly or fused."""
+    folder = Path(folder)
+    config = hf_config(folder)
+    model, found = Model(config), split_fused(hf_tensors(folder))
+    if config.tie_embeddings:
+        found.pop("lm_head.weight", None)                                        # some files store the table twice
+    expected = to_hf_tensors(config, dict(model.named_parameters()))
+    for name, tensor in expected.items():
+        require(name in found, f"tensor {name} is missing from {folder}")
+        theirs, ours = tuple(found[name].shape), tuple(tensor.shape)
+        require(theirs == ours, f"{name} in {folder} has shape {theirs}; its config.json makes it {ours}")
+    extra = found.keys() - expected.keys()
+    require(not extra, f"{folder} holds {len(extra)} tensors without a place here, one is {min(extra, default='')}")
+    with torch.no_grad():
+        for ours, theirs in hf_names(config).items():
+            flat = [name for names in theirs for name in names] if isinstance(theirs[0], list) else theirs
+            p = model.get_parameter(ours)
+            p.copy_(torch.cat([found[name] for name in flat]).view(p.shape))
+    return model
+
+
+def hf_config(folder: Path) -> ModelConfig:
+    require((folder / "config.json").is_file(), f"{folder} has no config.json: is it a checkpoint folder?")
+    hf = json.loads((folder / "config.json").read_text())
+    kind = hf.get("model_type")
+    where = f"in {folder}/config.json"
+    require(kind in ("qwen3_moe", "qwen3"), f"model_type {kind!r} {where}; qwen3_moe and qwen3 are read here")
+    if kind == "qwen3":
+        hf = hf | {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": hf["intermediate_size"]}
+    for name, only in HF_UNSUPPORTED.items():
+        value = hf.get(name, only)
+        require(value == only or (not value and not only), f"{name} = {value} {where}; only {only} is read here")
+    rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {})}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    require(rope_type == "default", f"rope_type {rope_type!r} {where}; only 'default' is read here")
+    hf.setdefault("num_experts", hf.get("num_local_experts"))
+    hf.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
+    known = {ours: hf[theirs] for ours, theirs in HF_FIELDS.items() if hf.get(theirs) is not None}
+    missing = [HF_FIELDS[ours] for ours in HF_FIELDS if ours.startswith(("n_", "d_", "vocab")) and ours not in known]
+    require(not missing, f"{', '.join(missing)} missing {where}")
+    seq_len = min(ModelConfig.seq_len, known.get("max_seq_len", ModelConfig.seq_len))
+    config = ModelConfig(**{"renormalize": False, "tie_embeddings": False} | known, seq_len=seq_len,
+                         rope_base=float(rope["rope_theta"] or 1e6))
+    config.validate()
+    return config
+
+
+def hf_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the folder, memory-mapped, from model.safetensors or from the shards its index names."""
+    load_file = optional("safetensors.torch").load_file
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    tensors = {}
+    for file in files:
+        require((folder / file).is_file(), f"{folder} lacks {file}")
+        tensors |= load_file(folder / file)
+    return tensors
+
+
+def split_fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name the experts one by one where a layer's are fused: gate_up_proj (E, 2F, D) and down_proj (E, D, F)."""
+    out = {}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".experts.")
+        if kind not in ("gate_up_proj", "down_proj"):
+            out[name] = tensor
+            continue
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+        for e, expert in enumerate(tensor):
+            out |= {f"{layer}.experts.{e}.{p}.weight": t for p, t in zip(parts, expert.chunk(len(parts)))}
+    return out
+
+
+def optional(package: str):
+    """Import a package only some uses need, or say in one line which pip command brings it."""
+    import importlib
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        name = package.split(".")[0]
+        raise BadInput(f"this needs the package {name}: pip install {name}") from None
+
+
+# --- the tokenizer --------------------------------------------------------------------------------------------------
+
+
+QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_SPECIAL = (
+    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start "
+    "vision_end vision_pad image_pad video_pad tool_call /tool_call fim_prefix fim_middle fim_suffix fim_pad repo_name "
+    "file_sep tool_response /tool_response think /think").split()
+PLAIN_TAGS = {"tool_call", "/tool_call", "tool_response", "/tool_response", "think", "/think"}  # <think>, no |
+
+
+def load_tokenizer(name: str):
+    """A tiktoken.Encoding: "bytes" (256 bytes and end-of-text, no download), a name tiktoken knows, or a ranks file.
+
+    A ranks file (qwen.tiktoken: a base64 token and its rank a line) with Qwen's 151,643 ranks gets Qwen3's 26 special
+    tokens behind them; any other gets end-of-text alone.
+    """
+    import tiktoken
+    if name == "bytes":
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={"<|endoftext|>": 256})
+    if Path(name).is_file():
+        ranks = read_ranks(Path(name))
+        names = QWEN_SPECIAL if len(ranks) == 151_643 else QWEN_SPECIAL[:1]
+        special = {f"<{s}>" if s in PLAIN_TAGS else f"<|{s}|>": len(ranks) + i for i, s in enumerate(names)}
+        return tiktoken.Encoding(Path(name).stem, pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    known = tiktoken.list_encoding_names()
+    require(name in known, f"tokenizer {name!r} is neither 'bytes', a ranks file, nor one of {', '.join(known)}"
+                           + closest(name, ["bytes", *known]))
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:
+        raise BadInput(f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): put its file into the "
+                       "folder TIKTOKEN_CACHE_DIR names, or use tokenizer = 'bytes', which needs none") from None
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    try:
+        pairs = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except ValueError:
+        ranks = {}
+    require(len(ranks) > 0 and sorted(ranks.values()) == list(range(len(ranks))),
+            f"{path} is not a tiktoken ranks file: each line must be a base64 token and its rank, ranks 0, 1, 2 ...")
+    return ranks
+
+
+# --- writing text ---------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def generate(model: Model, prompt: list[int], n_token: int, temperature: float = 0.8, top_k: int = 50,
+             seed: int = 1, n_vocab: int | None = None) -> Iterator[int]:
+    """Yield n_token token ids after the prompt, each as soon as it is known. temperature 0 is greedy.
+
+    The cache turns each step into one token's work. Ids from n_vocab on (padding of the vocabulary) are never drawn.
+    """
+    device, length = model.embed.weight.device, len(prompt) + n_token
+    limit = model.config.max_seq_len
+    require(len(prompt) > 0 and length <= limit, f"prompt and new tokens take {length} positions; the limit is {limit}")
+    cache = Cache(model.config, 1, length, device, model.embed.weight.dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = torch.tensor([prompt], device=device)
+    for _ in range(n_token):
+        logits = model(tokens, cache=cache).logits[0, -1, :n_vocab].float()
+        if temperature == 0:
+            tokens = logits.argmax().view(1, 1)
+        else:
+            values, ids = logits.topk(min(top_k, len(logits)))
+            tokens = ids[torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)].view(1, 1)
+        yield int(tokens)
+
+
+def write_text(model: Model, tokenizer, prompt: str, n_token: int, **sampling) -> Iterator[str]:
+    """The prompt and what follows, piece by piece; bytes that make no character yet wait for the next token."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    ids = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
+    yield prompt
+    for token in generate(model, ids, n_token, n_vocab=tokenizer.n_vocab, **sampling):
+        if token == tokenizer.eot_token:
+            break
+        yield decoder.decode(tokenizer.decode_single_token_bytes(token))
+    yield decoder.decode(b"", final=True)
+
+
+def load_run(folder: str | Path, device: str = "cpu"):
+    """Model, tokenizer and config (a dict) of a run that train.py left in out/NAME."""
+    folder = Path(folder)
+    for file in ("config.json", "ckpt.pt"):
+        require((folder / file).is_file(), f"{folder} has no {file}: train it first, or check the path")
+    config = json.loads((folder / "config.json").read_text())
+    model = Model(ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)}))
+    checkpoint = torch.load(folder / "ckpt.pt", map_location=device, weights_only=True, mmap=True)
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval(), load_tokenizer(config["tokenizer"]), config
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+def size_table(config: ModelConfig, sizes: dict, need: dict) -> str:
+    million = lambda n: f"{n / 1e6:,.1f}M"
+    rows = [("parameters", "total", "active", "active / total")]
+    for label, suffix, less in (("tied, with embeddings", "", 0), ("untied, with embeddings", "_untied", 0),
+                                ("without embeddings", "", sizes["embedding"])):
+        total, active = sizes["total" + suffix] - less, sizes["active" + suffix] - less
+        rows.append((label, million(total), million(active), f"{active / total:.1%}"))
+    lines = [f"{a:26s} {b:>12s} {c:>12s} {d:>15s}" for a, b, c, d in rows]
+    lines += ["", f"training FLOPs a token     {sizes['flops_per_token']:>12.4g}", "", "memory of a training step, GiB"]
+    lines += [f"  {name:24s} {n / 2**30:>12.2f}" for name, n in need.items()]
+    return "\n".join(lines)
+
+
+def print_sizes(path: str, as_json: bool) -> None:
+    from train import load_config  # every name a config file may use stands in train.py, which imports this file
+    config = load_config(path)
+    sizes, need = count(config), memory(config, config.micro_batch, config.dtype)
+    if as_json:
+        print(json.dumps(sizes | {"memory": need}))
+        return
+    shape = "n_layer d_model n_head n_kv_head d_head n_expert top_k d_expert vocab_size seq_len micro_batch".split()
+    print(f"{path}: " + ", ".join(f"{name} {getattr(config, name)}" for name in shape), end="\n\n")
+    print(size_table(config, sizes, need))
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="sizes of a config, or text from a trained run")
+    parser.add_argument("target", help="configs/X.py, or out/NAME of a trained run")
+    parser.add_argument("--json", action="store_true", help="sizes as JSON")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens to write")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--top_k", type=int, default=50, help="draw from this many likeliest tokens")
+    parser.add_argument("--seed", type=int, default=1, help="of the draws")
+    args = parser.parse_args(argv)
+    if args.target.endswith(".py"):
+        return print_sizes(args.target, args.json)
+    for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 1)):
+        require(getattr(args, name) >= low, f"--{name} {getattr(args, name)} must be at least {low}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer, _ = load_run(args.target, device)
+    for piece in write_text(model, tokenizer, args.prompt, args.tokens, temperature=args.temperature, top_k=args.top_k,
+                            seed=args.seed):
+        print(piece, end="", flush=True)
+    print()
+
+
+def run_script(main) -> None:
+    """Run a script's main; what the user can mend is one line on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except BadInput as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+
+
+if __name__ == "__main__":
+    sys.modules["model"] = sys.modules["__main__"]       # train.py imports model: give it this one, not a second copy
+    run_script(main)
