@@ -171,7 +171,7 @@ def gather(x: Tensor, token: Tensor, k: int) -> Tensor:
 
 
 def combine(rows: Tensor, slot: Tensor) -> Tensor:
-    """Sum the K rows of each token, in the order of k: rows (R, D), slot (N, K) -> (N, D). Its gradient is `gather`."""
+    """Sum the K rows of each token, in the order of k: rows (R, D), slot (N, K) -> (N, D). Its gradient: `gather`."""
     return rows.index_select(0, slot.flatten()).view(*slot.shape, -1).sum(1)
 
 

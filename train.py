@@ -1,0 +1,807 @@
+"""
+train.py: one command from a config file to a trained model.
+
+    python train.py configs/tiny.py                        train; the same command again continues where it stopped
+    python train.py configs/tiny.py --learning_rate=3e-4   any field of the config, by name
+    python train.py --help                                 every field, its meaning and default
+
+Top to bottom: the configuration and how it is checked; text to tokens on disk; which tokens make up step s; the
+learning rate at step s; checkpoints; evaluation; the loop; the figures of a run.
+
+One rule runs through the file: everything a step needs is a function of (config, step). Which tokens, which learning
+rate, which random numbers: nothing is carried along except the weights and the optimizer. So a run that was
+interrupted at any step and continued ends, on a CPU, in the same weights to the last bit as one that was not.
+
+A run leaves in out/NAME: config.json, log.jsonl (a line a step), ckpt.pt, result.json, loss.png and experts.png.
+"""
+
+import argparse
+import ast
+import glob
+import gzip
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import resource
+import runpy
+import shutil
+import signal
+import struct
+import sys
+import sysconfig
+import time
+import types
+import typing
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import (
+    BadInput,
+    Model,
+    ModelConfig,
+    closest,
+    count,
+    load_tokenizer,
+    memory,
+    optional,
+    parameter_groups,
+    require,
+    run_script,
+    write_text,
+)
+
+# --- the configuration ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config(ModelConfig):
+    """Every name a config file or the command line may set: the model's fields, then these."""
+
+    dataset: str = "stdlib"              # "stdlib" (Python's source), or files: text, .jsonl(.gz), .parquet, llm.c .bin
+    tokenizer: str = "bytes"             # "bytes", a tiktoken encoding (gpt2), or a ranks file (qwen.tiktoken)
+    out_dir: str = ""                    # where the run is kept; empty: out/ and the config file's name
+    seed: int = 1                        # of the initial weights and the order of the data
+    max_steps: int = 1000                # optimizer steps
+    max_tokens: int | None = None        # stop at this many training tokens if max_steps does not come first
+    batch_tokens: int | list | None = None  # tokens a step, or a ramp [(from token, tokens)]; None: one micro-batch
+    micro_batch: int = 8                 # sequences in one forward pass; gradients accumulate up to batch_tokens
+    learning_rate: float = 1e-3          # the peak
+    min_learning_rate: float = 0.0       # where the decay ends
+    schedule: str = "cosine"             # after warmup "cosine", or "constant" until a linear decay at the end
+    warmup: float = 0.1                  # linear warmup: up to 1 a fraction of the run, above 1 tokens
+    decay: float = 0.2                   # linear decay of schedule "constant": up to 1 a fraction, above 1 tokens
+    weight_decay: float = 0.1            # of matrices (see parameter_groups in model.py)
+    beta1: float = 0.9                   # AdamW, mean of gradients
+    beta2: float = 0.95                  # AdamW, mean of squares
+    grad_clip: float = 1.0               # largest norm of the gradient; 0: no limit
+    eval_interval: int = 250             # steps between evaluations
+    eval_tokens: int = 65_536            # validation tokens an evaluation reads, always the same ones
+    log_interval: int = 10               # steps between printed lines
+    checkpoint_interval: int = 250       # steps between checkpoints
+    device: str = "auto"                 # "cpu", "cuda", "cuda:1", ...; auto: the GPU if there is one
+    dtype: str = "auto"                  # of matrix products, "float32" or "bfloat16"; auto: bfloat16 on a GPU
+    compile: bool = False                # torch.compile the model
+    overwrite: bool = False              # throw an earlier run in out_dir away
+
+    def validate(self) -> None:
+        """Raise BadInput at the first value that cannot be trained with."""
+        super().validate()
+        for name in ("max_steps", "max_tokens", "micro_batch", "learning_rate", "eval_interval", "eval_tokens",
+                     "log_interval", "checkpoint_interval"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} = {value} must be positive")
+        for name in ("min_learning_rate", "warmup", "decay", "weight_decay", "grad_clip", "seed"):
+            require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name} = {getattr(self, name)} must be in [0, 1)")
+        for name, allowed in (("schedule", ("cosine", "constant")), ("dtype", ("float32", "bfloat16"))):
+            value = getattr(self, name)
+            require(value in allowed, f"{name} = {value!r} must be one of {', '.join(allowed)}")
+        require(self.min_learning_rate <= self.learning_rate,
+                f"min_learning_rate = {self.min_learning_rate} must not exceed learning_rate = {self.learning_rate}")
+        unit, starts = self.micro_batch * self.seq_len, [start for start, _ in self.ramp()]
+        for _, batch in self.ramp():
+            near = max(1, round(batch / unit)) * unit
+            require(batch > 0 and batch % unit == 0,
+                    f"batch_tokens = {batch} must be a multiple of micro_batch * seq_len = {unit}, say {near}")
+        require(starts[0] == 0 and starts == sorted(set(starts)),
+                f"batch_tokens = {self.batch_tokens}: a ramp starts at token 0 and goes up")
+
+    def ramp(self) -> list[tuple[int, int]]:
+        """batch_tokens as [(from token, batch_tokens), ...], however it was written."""
+        if isinstance(self.batch_tokens, list):
+            pairs = [pair for pair in self.batch_tokens if isinstance(pair, (list, tuple)) and len(pair) == 2]
+            numbers = [n for pair in pairs for n in pair if isinstance(n, (int, float)) and n == int(n)]
+            require(len(numbers) == 2 * len(self.batch_tokens) > 0,
+                    f"batch_tokens = {self.batch_tokens}: a ramp is a list of (from token, tokens a step) pairs")
+            return [(int(start), int(batch)) for start, batch in pairs]
+        return [(0, self.batch_tokens or self.micro_batch * self.seq_len)]
+
+
+TYPES = typing.get_type_hints(Config)
+
+
+def load_config(path: str, overrides: dict | None = None) -> Config:
+    """Read a flat Python config file; overrides win. Names, types and values are checked alike wherever they stand."""
+    require(Path(path).is_file() and path.endswith(".py"), f"{path} is no config file; configs/tiny.py is one")
+    try:
+        names = runpy.run_path(path)
+    except Exception as error:
+        raise BadInput(f"{path} does not run: {type(error).__name__}: {error}") from None
+    values = {name: value for name, value in names.items()
+              if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType))}
+    values |= overrides or {}
+    for name in values:
+        require(name in TYPES, f"{name} is no config field{closest(name, TYPES)}")
+    config = Config(**{name: convert(name, value) for name, value in values.items()})
+    config.out_dir = config.out_dir or f"out/{Path(path).stem}"
+    gpu = torch.cuda.is_available()
+    config.device = ("cuda" if gpu else "cpu") if config.device == "auto" else config.device
+    kind = config.device.partition(":")[0]
+    require(kind in ("cpu", "cuda", "mps"), f"device = {config.device!r} must be cpu, cuda, cuda:N or mps")
+    require(kind != "cuda" or gpu, f"device = {config.device!r}, but this machine has no CUDA GPU: use device = 'cpu'")
+    config.dtype = ("bfloat16" if kind == "cuda" else "float32") if config.dtype == "auto" else config.dtype
+    config.validate()
+    return config
+
+
+def convert(name: str, value):
+    """value as the type its field has (1e9 is a whole number, 1 a fraction), or BadInput."""
+    allowed = typing.get_args(TYPES[name]) or (TYPES[name],)
+    if isinstance(value, float) and float not in allowed and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and int not in allowed and float in allowed:
+        value = float(value)
+    fits = type(value) in allowed and not (isinstance(value, float) and not math.isfinite(value))
+    wanted = " or ".join(t.__name__ for t in allowed)
+    require(fits, f"{name} = {value!r} must be {wanted.replace('NoneType', 'None')}")
+    return value
+
+
+def field_help() -> dict[str, str]:
+    """The comment behind each field of ModelConfig and Config: its one description."""
+    source = inspect.getsource(ModelConfig) + inspect.getsource(Config)
+    return dict(re.findall(r"^    (\w+): [^#\n]*?# (.*)$", source, re.MULTILINE))
+
+
+def parse_command_line(argv: list[str]) -> Config:
+    parser = argparse.ArgumentParser(description="train a mixture-of-experts language model", allow_abbrev=False,
+                                     usage="python train.py CONFIG.py [--name=value ...]")
+    parser.add_argument("config", help="a flat Python file: one name = value a line (see configs/)")
+    for f in fields(Config):
+        text = f"{field_help()[f.name]} (default {f.default!r})".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", nargs="?", const="True", metavar=f.name.upper(), help=text)
+    args, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        require(False, f"unknown argument {word}{closest(word.lstrip('-').partition('=')[0], TYPES)}")
+    given = {name: value for name, value in vars(args).items() if name != "config" and value is not None}
+    return load_config(args.config, {name: literal(name, value) for name, value in given.items()})
+
+
+def literal(name: str, text: str):
+    """A command-line word as Python reads it; for text fields, as it stands."""
+    if TYPES[name] is str:
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text.lower(), text)
+
+
+# --- text to tokens on disk -----------------------------------------------------------------------------------------
+
+
+TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet", ".bin")
+
+
+def source_files(dataset: str) -> list[Path]:
+    """The files behind a dataset name, in a fixed order."""
+    if dataset == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        leave = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+        return [p for p in sorted(root.rglob("*.py")) if not leave & set(p.relative_to(root).parts)]
+    path = Path(dataset)
+    if path.is_dir():
+        files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name.endswith(TEXT_SUFFIXES)]
+        require(bool(files), f"dataset folder {dataset} holds no file ending in {' '.join(TEXT_SUFFIXES)}")
+        return files
+    files = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(dataset))]
+    require(bool(files), f"dataset {dataset!r} is neither 'stdlib' nor an existing file, folder or glob pattern")
+    return files
+
+
+def documents(path: Path) -> Iterator[str]:
+    """The documents of one file: a line's "text" of .jsonl(.gz), a row's of .parquet, else the whole file."""
+    try:
+        if path.suffix == ".parquet":
+            for batch in optional("pyarrow.parquet").ParquetFile(path).iter_batches(columns=["text"]):
+                yield from batch.column("text").to_pylist()
+        elif path.name.endswith((".jsonl", ".jsonl.gz")):
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    yield json_text(path, number, line)
+        else:
+            data = path.read_bytes()
+            require(b"\0" not in data, f"{path} is binary, not text; token shards end in .bin")
+            yield data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 (byte {error.start}): convert it first, say with iconv -t utf-8") from None
+    except (OSError, EOFError) as error:
+        raise BadInput(f"{path} cannot be read: {error}") from None
+
+
+def json_text(path: Path, number: int, line: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        text = None
+    require(isinstance(text, str), f'{path} line {number} is not a JSON object with a "text" string')
+    return text
+
+
+def prepare(config: Config, tokenizer) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Training and validation tokens as lists of memory-mapped arrays; text is tokenised once and kept under data/.
+
+    One document in 20 is held out, chosen by a checksum of its text, so that copies of a document stay on one side.
+    A corpus of too few documents for that gives its last twentieth instead.
+    """
+    files = source_files(config.dataset)
+    if files[0].suffix == ".bin":
+        return token_shards(files, config.dataset)
+    listing = [[p.name, p.stat().st_size, 0 if config.dataset == "stdlib" else p.stat().st_mtime_ns] for p in files]
+    ranks = hashlib.sha256(repr(sorted(tokenizer._special_tokens.items())).encode())
+    ranks.update(b"".join(tokenizer.token_byte_values()))
+    manifest = {"dataset": config.dataset, "tokenizer": config.tokenizer, "vocabulary": ranks.hexdigest(),
+                "files": listing}
+    key = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:12]
+    folder = Path("data") / f"{Path(config.dataset).name.replace('*', '')}-{Path(config.tokenizer).stem}-{key}"
+    if not (folder / "manifest.json").is_file():
+        tokenise(files, tokenizer, folder, manifest)
+    splits = [[np.load(p, mmap_mode="r") for p in sorted(folder.glob(f"{name}-*.npy"))] for name in ("train", "val")]
+    if sum(map(len, splits[1])) <= config.seq_len:
+        whole = np.concatenate(splits[0] + splits[1]) if splits[0] + splits[1] else np.zeros(0, np.uint16)
+        cut = min(len(whole) * 19 // 20, len(whole) - config.seq_len - 1)
+        splits = [[whole[:max(cut, 0)]], [whole[max(cut, 0):]]]
+    return splits[0], splits[1]
+
+
+def tokenise(files: list[Path], tokenizer, folder: Path, manifest: dict, shard: int = 50_000_000) -> None:
+    """Write train-*.npy, val-*.npy and manifest.json into a temporary folder, renamed when it is complete."""
+    print(f"tokenising {len(files)} files into {folder}", flush=True)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    partial.mkdir(parents=True)
+    try:
+        kind = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+        held, counts, n_shard = {"train": [], "val": []}, {"train": 0, "val": 0}, {"train": 0, "val": 0}
+
+        def flush(split: str) -> None:
+            if held[split]:
+                np.save(partial / f"{split}-{n_shard[split]:05d}.npy", np.concatenate(held[split]))
+                held[split], n_shard[split] = [], n_shard[split] + 1
+
+        for path in files:
+            for text in documents(path):
+                split = "val" if zlib.crc32(text.encode()) % 20 == 0 else "train"
+                ids = np.array([*tokenizer.encode_ordinary(text), tokenizer.eot_token], kind)
+                held[split].append(ids)
+                counts[split] += len(ids)
+                if sum(map(len, held[split])) > shard:
+                    flush(split)
+        flush("train"), flush("val")
+        require(counts["train"] + counts["val"] > len(files), f"dataset {manifest['dataset']} holds no text")
+        (partial / "manifest.json").write_text(json.dumps(manifest | {"tokens": counts}, indent=1))
+        if not folder.exists():                                            # another run may have been faster
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def token_shards(files: list[Path], dataset: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """llm.c shards: 256 int32 of header (magic, version, tokens), then uint16 or uint32; 'val' in some names."""
+    splits = {True: [], False: []}
+    for path in files:
+        with open(path, "rb") as file:
+            header = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
+        kind = {20240520: np.uint16, 20240801: np.uint32}.get(header[0])
+        require(kind is not None, f"{path} does not begin like an llm.c token shard (magic 20240520 or 20240801)")
+        size = 1024 + header[2] * np.dtype(kind).itemsize
+        there = path.stat().st_size
+        require(there == size and header[2] > 0, f"{path} is {there} bytes; its header says {size}: is it cut off?")
+        splits["val" in path.name].append(np.memmap(path, kind, "r", 1024))
+    for val, name in ((False, "training"), (True, "validation, with 'val' in their names,")):
+        require(bool(splits[val]), f"dataset {dataset} has no .bin shards for {name}")
+    return splits[False], splits[True]
+
+
+class Blocks:
+    """Token arrays cut into blocks of seq_len + 1 (targets are inputs one later); none spans two arrays."""
+
+    def __init__(self, arrays: list[np.ndarray], seq_len: int, name: str):
+        self.arrays, self.seq_len = arrays, seq_len
+        self.ends = np.cumsum([max(len(a) - 1, 0) // seq_len for a in arrays])
+        n = sum(map(len, arrays))
+        require(len(self) > 0, f"{name} is {n:,} tokens, less than one sequence of seq_len = {seq_len}: "
+                               f"use more text or a smaller seq_len")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        shard = int(np.searchsorted(self.ends, i, side="right"))
+        start = (i - (self.ends[shard - 1] if shard else 0)) * self.seq_len
+        return self.arrays[shard][start:start + self.seq_len + 1].astype(np.int64)
+
+
+def check_ids(blocks: Blocks, vocab_size: int) -> None:
+    """Stop before training if any token has no row in the embedding."""
+    top = max(int(a[i:i + 2**24].max()) for a in blocks.arrays for i in range(0, len(a), 2**24))
+    require(top < vocab_size, f"the data holds token {top}: set vocab_size = {vocab_size} to at least {top + 1}")
+
+
+# --- what step s is made of -----------------------------------------------------------------------------------------
+
+
+def position(config: Config, step: int) -> tuple[int, int]:
+    """(tokens trained on before this step, tokens in it), following the batch ramp."""
+    ramp, tokens = config.ramp(), 0
+    for (_, batch), (end, _) in pairwise(ramp):
+        steps = min(step, max(0, -(-(end - tokens) // batch)))              # whole steps until this stage ends
+        tokens, step = tokens + steps * batch, step - steps
+        if step == 0 and tokens < end:
+            return tokens, batch
+    return tokens + step * ramp[-1][1], ramp[-1][1]
+
+
+def total_steps(config: Config) -> int:
+    """max_steps, or the first step count that reaches max_tokens if that is sooner."""
+    if config.max_tokens is None or position(config, config.max_steps)[0] <= config.max_tokens:
+        return config.max_steps
+    low, high = 0, config.max_steps
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if position(config, middle)[0] >= config.max_tokens else (middle + 1, high)
+    return low
+
+
+def learning_rate(config: Config, step: int, last: int) -> float:
+    """Linear warmup, then cosine to the end, or constant and a linear decay: by tokens, so a ramp does not bend it."""
+    c, (tokens, batch), total = config, position(config, step), position(config, last)[0]
+    warmup = c.warmup * total if c.warmup <= 1 else c.warmup
+    decay = c.decay * total if c.decay <= 1 else c.decay
+    if tokens < warmup:
+        return c.learning_rate * min(1.0, (tokens + batch) / warmup)        # the first step is not lost at zero
+    if c.schedule == "cosine":
+        share = (tokens - warmup) / max(total - warmup, 1)
+        return c.min_learning_rate + (c.learning_rate - c.min_learning_rate) * (1 + math.cos(math.pi * share)) / 2
+    share = min(1.0, (total - tokens) / decay) if decay else 1.0
+    return c.min_learning_rate + (c.learning_rate - c.min_learning_rate) * share
+
+
+class Batches:
+    """The sequences of step s: sample i of epoch e is block permutation_e[i], so each block comes once an epoch."""
+
+    def __init__(self, blocks: Blocks, config: Config):
+        self.blocks, self.config, self.epoch, self.order = blocks, config, -1, None
+
+    def sample(self, i: int) -> np.ndarray:
+        epoch, i = divmod(i, len(self.blocks))
+        if epoch != self.epoch:
+            generator = np.random.default_rng([self.config.seed, epoch])
+            self.epoch, self.order = epoch, generator.permutation(len(self.blocks))
+        return self.blocks[int(self.order[i])]
+
+    def micro_batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """inputs and targets (micro_batch, T), as many as make up the step's tokens."""
+        tokens, batch = position(self.config, step)
+        first, size = tokens // self.config.seq_len, self.config.micro_batch
+        for start in range(first, first + batch // self.config.seq_len, size):
+            rows = torch.from_numpy(np.stack([self.sample(i) for i in range(start, start + size)]))
+            yield rows[:, :-1], rows[:, 1:]
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write beside, flush to disk, rename: a crash at any moment leaves the old checkpoint or the new one, whole."""
+    partial = path.with_suffix(".tmp")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+RUN_FILES = ("config.json", "log.jsonl", "ckpt.pt", "result.json", "loss.png", "experts.png")
+MAY_CHANGE = {"overwrite", "log_interval", "checkpoint_interval"}  # they leave the run's numbers as they are
+
+
+def open_run(config: Config) -> dict | None:
+    """Make out_dir, or return the checkpoint of the unfinished run in it; refuse to continue with another config."""
+    out = Path(config.out_dir)
+    now = json.loads(json.dumps(asdict(config)))
+    if config.overwrite and out.exists():
+        for name in RUN_FILES:
+            (out / name).unlink(missing_ok=True)
+    if (out / "config.json").is_file():
+        then = json.loads((out / "config.json").read_text())
+        changed = [f"{k} {then.get(k)!r} -> {v!r}" for k, v in now.items() if k not in MAY_CHANGE and then.get(k) != v]
+        require(not changed, f"{out} holds a run with another config ({'; '.join(changed)}): "
+                             f"give another out_dir, or --overwrite to start anew")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(now, indent=1))
+    if not (out / "ckpt.pt").is_file():
+        (out / "log.jsonl").write_text("")
+        return None
+    state = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)  # later lines come again
+    (out / "log.jsonl").write_text("".join(line for line in lines if logged_before(line, state["step"])))
+    return state
+
+
+def logged_before(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] < step
+    except (json.JSONDecodeError, KeyError):                           # a line cut off by a crash
+        return False
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------
+
+
+PEAK_BF16 = {  # dense matrix products, FLOP/s, from the vendors' data sheets
+    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
+    "4090": 165e12, "3090": 71e12,
+}
+
+
+def peak_flops(config: Config) -> float | None:
+    """Peak rate of the device in the run's precision, None if no data sheet is listed above: MFU is then n/a."""
+    if not config.device.startswith("cuda") or config.dtype != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(config.device)
+    return next((rate for key, rate in PEAK_BF16.items() if key in name), None)
+
+
+def free_memory(device: str) -> int:
+    """Bytes a run may take: what the GPU has free, or what the machine and its control group leave."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    except OSError:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def peak_memory(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def check_memory(config: Config) -> tuple[int, int]:
+    """(bytes the run needs, bytes there are); BadInput with the fix if it cannot fit."""
+    need, free = memory(config, config.micro_batch, config.dtype)["total"], free_memory(config.device)
+    if need > free:
+        fits = [(b, t) for t in (config.seq_len >> i for i in range(8)) for b in (config.micro_batch, 1)
+                if t and memory(replace(config, seq_len=t), b, config.dtype)["total"] < free]
+        fix = ("--micro_batch={} --seq_len={} would fit".format(*fits[0]) if fits else
+               "weights, gradients and optimizer alone are too many: use a smaller model")
+        need, free = need / 2**30, free / 2**30
+        raise BadInput(f"this run needs about {need:.1f} GiB and {config.device} has {free:.1f} GiB free: {fix}")
+    return need, free
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: Model, blocks: Blocks, config: Config, token_bytes: torch.Tensor) -> tuple[float, float]:
+    """Cross-entropy alone, without balance and z losses, on fixed validation windows: nats per token, bits per byte."""
+    n = min(len(blocks), max(1, config.eval_tokens // config.seq_len))
+    windows = [i * len(blocks) // n for i in range(n)]                      # evenly spread over the held-out text
+    model.eval()
+    nats, tokens, n_bytes = 0.0, 0, 0
+    for start in range(0, n, config.micro_batch):
+        rows = torch.from_numpy(np.stack([blocks[i] for i in windows[start:start + config.micro_batch]]))
+        x, y = rows[:, :-1].to(config.device), rows[:, 1:].to(config.device)
+        with autocast(config):
+            nats += float(model(x, y).ce) * y.numel()
+        tokens, n_bytes = tokens + y.numel(), n_bytes + int(token_bytes[rows[:, 1:]].sum())
+    model.train()
+    return nats / tokens, nats / math.log(2) / max(n_bytes, 1)
+
+
+def autocast(config: Config):
+    kind = config.device.partition(":")[0]
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+def train(config: Config) -> int:
+    """Train as the config says; returns the exit code: 0 done or interrupted and saved, 1 diverged."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    require(tokenizer.n_vocab <= config.vocab_size,
+            f"vocab_size = {config.vocab_size} is less than the {tokenizer.n_vocab} of tokenizer {config.tokenizer!r}")
+    arrays = prepare(config, tokenizer)
+    blocks = Blocks(arrays[0], config.seq_len, "the training text")
+    val = Blocks(arrays[1], config.seq_len, "the validation text")
+    check_ids(blocks, config.vocab_size)
+    check_ids(val, config.vocab_size)
+    need, free = check_memory(config)
+    state = open_run(config)                                                # nothing was written to out_dir before this
+    last = total_steps(config)
+    describe(config, blocks, val, last, need, free)
+    if state and state["step"] >= last:
+        print(f"{config.out_dir} is finished after {last} steps; --overwrite starts anew")
+        return 0
+
+    model = Model(config).init_weights(config.seed).to(config.device)
+    groups, betas = parameter_groups(model, config.weight_decay), (config.beta1, config.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    start, seconds = 0, 0.0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, seconds = state["step"], state["seconds"]
+        print(f"continuing at step {start} of {last}")
+    del state
+    step_model = torch.compile(model) if config.compile else model
+    token_bytes = bytes_per_token(tokenizer, config.vocab_size)
+    log, batches, stop = Log(config, last, seconds), Batches(blocks, config), catch_signals()
+    out, every = Path(config.out_dir), lambda interval: (step + 1) % interval == 0 or step + 1 == last or stop
+
+    for step in range(start, last):
+        if step % config.eval_interval == 0:
+            log.evaluation(step, *evaluate(step_model, val, config, token_bytes))
+        torch.manual_seed(config.seed * 1_000_003 + step)      # whatever draws at this step draws the same again
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, last)
+        parts, (tokens, batch) = [], position(config, step)
+        n_micro, n_bytes = batch // (config.micro_batch * config.seq_len), 0
+        for x, y in batches.micro_batches(step):
+            n_bytes += int(token_bytes[y].sum())
+            with autocast(config):
+                o = step_model(x.to(config.device), y.to(config.device))
+            loss = o.ce + config.aux_coef * o.balance + config.z_coef * o.z
+            (loss / n_micro).backward()
+            parts.append((torch.stack([o.ce, o.balance, o.z]).detach(), o.stats))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        optimizer.found_inf = (~norm.isfinite()).float()      # at 1 the fused step leaves the weights alone: a bad
+        optimizer.step()                                      # step is skipped and the GPU is not asked
+        optimizer.zero_grad(set_to_none=True)
+        log.step(step, tokens + batch, parts, norm, optimizer, n_bytes)
+
+        if every(config.log_interval) or every(config.checkpoint_interval):
+            log.flush()
+            if log.skipped_in_a_row >= 10:
+                print(f"error: ten steps in a row were not finite, stopping at step {step}; the checkpoint in {out} is "
+                      "the last good one: try a lower learning_rate", file=sys.stderr)
+                return 1
+        if every(config.checkpoint_interval):
+            save_checkpoint(out / "ckpt.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                              "step": step + 1, "seconds": log.seconds})
+        if stop and step + 1 < last:
+            print(f"stopped by {stop[0]} after step {step}: saved; the same command continues")
+            return 0
+
+    final = evaluate(step_model, val, config, token_bytes)
+    log.evaluation(last, *final)
+    finish(config, model, tokenizer, log, last, final)
+    return 0
+
+
+def bytes_per_token(tokenizer, vocab_size: int) -> torch.Tensor:
+    """(V,) length in bytes of each token; end-of-text and padding have none."""
+    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    values = tokenizer.token_byte_values()
+    lengths[:len(values)] = torch.tensor([len(v) for v in values])
+    return lengths
+
+
+def catch_signals() -> list[str]:
+    """Ctrl-C and SIGTERM put their name into this list: the loop ends its step, saves, leaves. A second one kills."""
+    caught: list[str] = []
+
+    def handler(number, frame):
+        if caught:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        caught.append(signal.Signals(number).name)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return caught
+
+
+def describe(config: Config, blocks: Blocks, val: Blocks, last: int, need: int, free: int) -> None:
+    """What is about to happen, before it does."""
+    sizes, tokens = count(config), position(config, last)[0]
+    suffix, tied = ("", "tied") if config.tie_embeddings else ("_untied", "untied")
+    total, active = sizes["total" + suffix], sizes["active" + suffix]
+    experts = f"{config.n_expert} experts, top-{config.top_k}" if config.n_expert > 1 else "no experts"
+    print(f"{config.out_dir}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {tied} embeddings included; "
+          f"{config.n_layer} layers, {experts}")
+    print(f"data: {config.dataset} in {config.tokenizer}, {sum(map(len, blocks.arrays)):,} training and "
+          f"{sum(map(len, val.arrays)):,} validation tokens")
+    print(f"plan: {last:,} steps, {tokens:,} tokens ({tokens / (len(blocks) * config.seq_len):.2f} epochs), "
+          f"{sizes['flops_per_token'] * tokens:.3g} FLOPs; about {need / 2**30:.2f} GiB of the {free / 2**30:.1f} GiB "
+          f"free on {config.device}, {config.dtype}", flush=True)
+
+
+class Log:
+    """log.jsonl and the printed lines. Numbers stay on the device until a flush: logging never holds up a step."""
+
+    def __init__(self, config: Config, last: int, seconds: float):
+        self.config, self.last, self.seconds = config, last, seconds
+        self.pending, self.skipped, self.skipped_in_a_row, self.tokens_per_s = [], 0, 0, 0.0
+        self.flops, self.peak = count(config)["flops_per_token"], peak_flops(config)
+        self.clock = time.perf_counter()
+        self.file = open(Path(config.out_dir) / "log.jsonl", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+
+    def write(self, line: dict) -> None:
+        self.file.write(json.dumps(line) + "\n")
+
+    def evaluation(self, step: int, ce: float, bits: float) -> None:
+        self.write({"step": step, "tokens": position(self.config, step)[0], "val_ce": ce, "val_bits_per_byte": bits})
+        print(f"step {step:6d} validation {ce:.4f} nats a token, {bits:.4f} bits a byte", flush=True)
+        self.clock = time.perf_counter()                                    # evaluation is not training time
+
+    def step(self, step: int, tokens: int, parts: list, norm: torch.Tensor, optimizer, n_bytes: int) -> None:
+        losses = torch.stack([p[0] for p in parts]).mean(0)
+        stats = {name: torch.stack([p[1][name].float() for p in parts]).mean(0) for name in parts[0][1]}
+        self.pending.append((step, tokens, losses, stats, norm.detach(), optimizer.param_groups[0]["lr"], n_bytes))
+
+    def flush(self) -> None:
+        if not self.pending:
+            return
+        rows = [(step, tokens, losses.tolist(), {k: v.tolist() for k, v in stats.items()}, float(norm), lr, n_bytes)
+                for step, tokens, losses, stats, norm, lr, n_bytes in self.pending]
+        elapsed, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        first = position(self.config, rows[0][0])[0]
+        self.tokens_per_s, self.seconds, self.pending = (rows[-1][1] - first) / elapsed, self.seconds + elapsed, []
+        rate = self.flops * self.tokens_per_s
+        for step, tokens, (ce, balance, z), stats, norm, lr, n_bytes in rows:
+            bad = not math.isfinite(norm)
+            self.skipped, self.skipped_in_a_row = self.skipped + bad, (self.skipped_in_a_row + 1) * bad
+            bits = ce * (tokens - position(self.config, step)[0]) / math.log(2) / max(n_bytes, 1)
+            line = {"step": step, "tokens": tokens, "ce": ce, "bits_per_byte": bits, "balance": balance, "z": z,
+                    "lr": lr, "grad_norm": norm, "skipped": self.skipped, "tokens_per_s": self.tokens_per_s,
+                    "mfu": rate / self.peak if self.peak else None, "memory": peak_memory(self.config.device),
+                    "seconds": self.seconds, **self.routing(stats)}
+            if step == rows[-1][0] and stats:
+                line["load"] = [[round(share, 5) for share in layer] for layer in stats["load"]]    # (L, E)
+            self.write(line)
+        self.print_line(line)
+
+    def routing(self, stats: dict) -> dict:
+        """Over all layers: the busiest expert's load over an even one, experts without a token, choices dropped."""
+        if not stats:
+            return {}
+        load, n = stats["load"], self.config.n_expert
+        return {"load_max_over_mean": max(max(layer) for layer in load) * n,
+                "entropy": sum(stats["entropy"]) / len(load), "dropped": sum(stats["dropped"]) / len(load),
+                "dead_experts": sum(share == 0 for layer in load for share in layer)}
+
+    def print_line(self, line: dict) -> None:
+        left = (position(self.config, self.last)[0] - line["tokens"]) / line["tokens_per_s"]
+        mfu = f"{line['mfu']:.1%}" if line["mfu"] else "n/a"
+        moe = (f" balance {line['balance']:.3f} load {line['load_max_over_mean']:.2f}x dead {line['dead_experts']}"
+               if "dead_experts" in line else "")
+        skipped = f" skipped {self.skipped}" if self.skipped else ""
+        print(f"step {line['step']:6d} tokens {line['tokens']:,} ce {line['ce']:.4f} bits/byte "
+              f"{line['bits_per_byte']:.3f}{moe} lr {line['lr']:.2e} {line['tokens_per_s']:,.0f} tok/s mfu {mfu} "
+              f"mem {line['memory'] / 2**30:.2f} GiB left {int(left) // 60}m{int(left) % 60:02d}s{skipped}", flush=True)
+
+
+def finish(config: Config, model: Model, tokenizer, log: Log, last: int, final: tuple[float, float]) -> None:
+    """result.json, the figures and a sample of text: what a run leaves behind."""
+    sizes, out, suffix = count(config), Path(config.out_dir), "" if config.tie_embeddings else "_untied"
+    tokens = position(config, last)[0]
+    result = {
+        "name": out.name, "status": "done", "loss": final[0], "bits_per_byte": final[1], "tokens": tokens,
+        "steps": last, "skipped": log.skipped, "n_total": sizes["total" + suffix], "n_active": sizes["active" + suffix],
+        "n_active_without_embeddings": sizes["active"] - sizes["embedding"], "n_expert": config.n_expert,
+        "top_k": config.top_k, "flops": sizes["flops_per_token"] * tokens, "seconds": log.seconds,
+        "tokens_per_s": tokens / max(log.seconds, 1e-9), "peak_memory": peak_memory(config.device),
+        "dataset": config.dataset, "tokenizer": config.tokenizer, "device": device_name(config.device),
+        "dtype": config.dtype, "torch": torch.__version__, "python": platform.python_version(),
+    }
+    (out / "result.json").write_text(json.dumps(result, indent=1))
+    draw_figures(out)
+    figures = "loss.png, experts.png" if config.n_expert > 1 else "loss.png"
+    print(f"done: {final[0]:.4f} nats a token, {final[1]:.4f} bits a byte after {tokens:,} tokens in {log.seconds:.0f} "
+          f"s; {out}/ holds result.json, {figures}")
+    model.eval()
+    print("--- a sample ---")
+    prompt = "import " if config.dataset == "stdlib" else ""
+    print("".join(write_text(model, tokenizer, prompt, 200, seed=config.seed)))
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+# --- the figures of a run, from its log alone -----------------------------------------------------------------------
+
+
+def draw_figures(out: Path) -> None:
+    """loss.png, and experts.png for a model with experts, from out/log.jsonl."""
+    import matplotlib
+    matplotlib.use("Agg")
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    draw_loss([x for x in lines if "ce" in x], [x for x in lines if "val_ce" in x], out)
+    loads = [x for x in lines if "load" in x]
+    if loads:
+        draw_experts(loads, out)
+
+
+def draw_loss(steps: list[dict], evals: list[dict], out: Path) -> None:
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    tokens, ce = np.array([x["tokens"] for x in steps]), np.array([x["ce"] for x in steps])
+    width = max(1, len(ce) // 50)
+    smooth = np.convolve(ce, np.ones(width) / width, "valid")
+    axis.plot(tokens, ce, color="tab:blue", alpha=0.2, linewidth=0.8)
+    axis.plot(tokens[width - 1:], smooth, color="tab:blue", label=f"training, mean of {width} steps")
+    seen, losses = [x["tokens"] for x in evals], [x["val_ce"] for x in evals]
+    axis.plot(seen, losses, "o-", color="tab:orange", markersize=4, label="validation")
+    axis.annotate(f"{losses[-1]:.3f}", (seen[-1], losses[-1]), xytext=(0, 8), textcoords="offset points", ha="right",
+                  color="tab:orange")
+    axis.set(xlabel="training tokens", ylabel="cross-entropy, nats per token", title=out.name)
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out / "loss.png", dpi=150)
+    plt.close(figure)
+
+
+def draw_experts(loads: list[dict], out: Path) -> None:
+    """A panel a layer, a row an expert, time to the right; colour is an expert's share of tokens over an even share."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import TwoSlopeNorm
+    load = np.array([x["load"] for x in loads])                             # (time, L, E)
+    load = load * load.shape[2]
+    layers, columns = load.shape[1], min(4, load.shape[1])
+    rows = -(-layers // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns + 1, 2.2 * rows + 0.6), sharex=True, sharey=True,
+                                squeeze=False, layout="constrained")
+    for layer, axis in enumerate(axes.flat):
+        axis.set_visible(layer < layers)
+        if layer < layers:
+            image = axis.imshow(load[:, layer].T, aspect="auto", cmap="RdBu_r", interpolation="nearest",
+                                norm=TwoSlopeNorm(1, 0, max(2, np.percentile(load, 99.5))), origin="lower",
+                                extent=(0, loads[-1]["tokens"], -0.5, load.shape[2] - 0.5))
+            axis.set_title(f"layer {layer}", fontsize=9)
+    figure.supxlabel("training tokens", fontsize=9)
+    figure.supylabel("expert", fontsize=9)
+    figure.colorbar(image, ax=axes, label="share of tokens / even share", shrink=0.8)
+    figure.suptitle(f"{out.name}: who does the work", fontsize=10)
+    figure.savefig(out / "experts.png", dpi=150)
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    sys.exit(train(parse_command_line(argv)))
+
+
+if __name__ == "__main__":
+    run_script(main)
