@@ -269,67 +269,82 @@ class Experts(torch.autograd.Function):
 
     Autograd would keep the gathered rows, the activation and every expert's output. Written by hand, only x, the
     pre-activation h and the weights stay: the rest is cheap to make again, and a combine weight's gradient needs no
-    output, since <dy, W_out a> = <W_out^T dy, a>.
+    output, since <dy, W_out a> = <W_out^T dy, a>. The rows of all experts go through one grouped product where that is
+    fast (see has_grouped_mm), else expert by expert, whose few rows then stay in the processor's cache throughout.
     """
 
     @staticmethod
     def forward(ctx, x, weights, w_in, w_out, token, slot, offsets):
-        rows = gather(x, token, slot.shape[1])                                         # (R, D) in expert order
-        h = grouped_linear(rows, w_in.to(x.dtype), offsets)                            # (R, 2F)
-        weight = weights.flatten()[token].unsqueeze(1)                                 # (R, 1)
-        gate, up = h.chunk(2, -1)
-        a = F.silu(gate).mul_(up).mul_(weight)             # weighted here, F wide, so that combine is a plain sum
+        weight = weights.flatten()[token].unsqueeze(1).to(x.dtype)                     # (R, 1)
+        w1, w2 = w_in.to(x.dtype), w_out.to(x.dtype)
+        if has_grouped_mm(x):
+            h = F.grouped_mm(gather(x, token, slot.shape[1]), w1.transpose(1, 2), offs=offsets)  # (R, 2F)
+            y = F.grouped_mm(swiglu(h, weight), w2.transpose(1, 2), offs=offsets)  # (R, D)
+        else:
+            h, y = x.new_empty(len(token), w1.shape[1]), x.new_empty(len(token), x.shape[1])
+            source = token // slot.shape[1]                                            # (R,) the token of each row
+            for e, rows in blocks(offsets):
+                torch.mm(x.index_select(0, source[rows]), w1[e].t(), out=h[rows])
+                torch.mm(swiglu(h[rows], weight[rows]), w2[e].t(), out=y[rows])
         ctx.save_for_backward(x, weights, w_in, w_out, token, slot, offsets, h)
-        return combine(grouped_linear(a, w_out.to(x.dtype), offsets), slot)            # (N, D)
+        return combine(y, slot)                                                        # (N, D)
 
     @staticmethod
     def backward(ctx, dy):
         x, weights, w_in, w_out, token, slot, offsets, h = ctx.saved_tensors
-        k = slot.shape[1]
-        weight = weights.flatten()[token].unsqueeze(1)                                 # (R, 1)
-        gate, up = h.chunk(2, -1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        dy = gather(dy.to(x.dtype), token, k)                                          # (R, D)
-        da = grouped_linear(dy, w_out.to(x.dtype).transpose(1, 2), offsets)            # (R, F) of the weighted a
-        dw_out = grouped_outer(dy, silu * up * weight, offsets)                        # (E, D, F)
-        dweight = (da * silu * up).sum(-1, dtype=torch.float32)                        # (R,)
-        da = da * weight
-        dh = torch.cat([da * up * sigmoid * (1 + gate * (1 - sigmoid)), da * silu], -1)
-        dw_in = grouped_outer(dh, gather(x, token, k), offsets)                        # (E, 2F, D)
-        dx = combine(grouped_linear(dh, w_in.to(x.dtype).transpose(1, 2), offsets), slot)
-        return dx, dweight[slot], dw_in.to(w_in.dtype), dw_out.to(w_out.dtype), None, None, None
+        weight, k = weights.flatten()[token].unsqueeze(1).to(x.dtype), slot.shape[1]
+        w1, w2, dy = w_in.to(x.dtype), w_out.to(x.dtype), dy.to(x.dtype)
+        if has_grouped_mm(x):
+            dy = gather(dy, token, k)  # (R, D)
+            dh, a, dweight = swiglu_backward(h, F.grouped_mm(dy, w2, offs=offsets), weight)
+            dw1 = F.grouped_mm(dh.t(), gather(x, token, k), offs=offsets)              # (E, 2F, D)
+            dw2 = F.grouped_mm(dy.t(), a, offs=offsets)  # (E, D, F)
+            dx = F.grouped_mm(dh, w1, offs=offsets)  # (R, D)
+        else:
+            dx, dweight = x.new_empty(len(token), x.shape[1]), x.new_empty(len(token))
+            dw1, dw2, source = torch.empty_like(w1), torch.empty_like(w2), token // k
+            for e, rows in blocks(offsets):
+                dy_e = dy.index_select(0, source[rows])
+                dh, a, dweight[rows] = swiglu_backward(h[rows], dy_e @ w2[e], weight[rows])
+                torch.mm(dh.t(), x.index_select(0, source[rows]), out=dw1[e])
+                torch.mm(dy_e.t(), a, out=dw2[e])
+                torch.mm(dh, w1[e], out=dx[rows])
+        return (combine(dx, slot), dweight.to(weights.dtype)[slot], dw1.to(w_in.dtype), dw2.to(w_out.dtype),
+                None, None, None)
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Each expert's block of rows (R, I) times its weight (E, O, I) transposed: (R, O)."""
-    if has_grouped_mm(rows):
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
-    out = rows.new_empty(len(rows), weight.shape[1])
-    for e, (start, end) in enumerate(blocks(offsets)):
-        torch.mm(rows[start:end], weight[e].t(), out=out[start:end])
-    return out
+def swiglu(h: Tensor, weight: Tensor) -> Tensor:
+    """h (rows, 2F) -> a (rows, F) = silu(gate) * up * weight: weighted here, F wide, combine is then a plain sum."""
+    gate, up = h.chunk(2, -1)
+    return F.silu(gate).mul_(up).mul_(weight)
 
 
-def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """Gradient of each expert's weight: the sum over its rows of left (R, O) times right (R, I): (E, O, I)."""
-    if has_grouped_mm(left):
-        return F.grouped_mm(left.t(), right, offs=offsets)
-    out = left.new_empty(len(offsets), left.shape[1], right.shape[1])
-    for e, (start, end) in enumerate(blocks(offsets)):
-        torch.mm(left[start:end].t(), right[start:end], out=out[e])
-    return out
+def swiglu_backward(h: Tensor, da: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From da, the gradient of a = swiglu(h, weight): dh (rows, 2F), a again (rows, F), dweight (rows,)."""
+    gate, up = h.chunk(2, -1)
+    dh = torch.empty_like(h)
+    dgate, dup = dh.chunk(2, -1)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    torch.mul(da, silu, out=dup)
+    dweight = (dup * up).sum(-1)                                # <da, silu * up>
+    dup.mul_(weight)
+    torch.sub(1 + gate, silu, out=dgate).mul_(sigmoid)          # silu' = sigmoid * (1 + gate - silu)
+    dgate.mul_(da).mul_(up).mul_(weight)
+    return dh, silu.mul_(up).mul_(weight), dweight
 
 
-def has_grouped_mm(rows: Tensor) -> bool:
-    """grouped_mm is one fast kernel for bf16 from Hopper on; elsewhere a loop of mm over contiguous blocks beats it."""
-    return rows.is_cuda and rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+def has_grouped_mm(x: Tensor) -> bool:
+    """grouped_mm is one fast kernel for bf16 from Hopper on; elsewhere a loop of mm over contiguous rows beats it."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
-def blocks(offsets: Tensor) -> list[tuple[int, int]]:
-    """(first row, one past the last) of each expert."""
-    ends = offsets.tolist()
-    return list(zip([0, *ends[:-1]], ends))
+def blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows)."""
+    start = 0
+    for e, end in enumerate(offsets.tolist()):
+        yield e, slice(start, end)
+        start = end
 
 
 class Block(nn.Module):
