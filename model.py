@@ -76,7 +76,7 @@ class ModelConfig:
     renormalize: bool = True      # the K combine weights sum to 1
     aux_coef: float = 0.01        # weight of the load-balancing loss
     z_coef: float = 0.001         # weight of the router z-loss
-    init_scale: float = 0.3       # weights start at std sqrt(init_scale / fan_in), cut at two std
+    init_scale: float = 1.0       # weights start at std sqrt(init_scale / fan_in), cut at two std
 
     def validate(self) -> None:
         """Raise BadInput at the first value no model can have."""
@@ -254,8 +254,21 @@ class MoE(nn.Module):
         flat = x.reshape(-1, x.shape[-1])                                              # (N, D)
         with torch.autocast(x.device.type, enabled=False):        # float32 always: rounding would turn near ties around
             r = route(F.linear(flat.float(), self.gate.float()), self.config)
-        y = Experts.apply(flat.to(compute_dtype(x)), r.weights, self.w_in, self.w_out, r.token, r.slot, r.offsets)
+        flat = flat.to(compute_dtype(x))
+        if len(flat) == 1 and not torch.is_grad_enabled() and not x.is_cuda:
+            y = one_token(flat[0], r.weights[0].tolist(), r.experts[0].tolist(), self.w_in, self.w_out)
+        else:
+            y = Experts.apply(flat, r.weights, self.w_in, self.w_out, r.token, r.slot, r.offsets)
         return y.view_as(x), r
+
+
+def one_token(x: Tensor, weights: list[float], experts: list[int], w_in: Tensor, w_out: Tensor) -> Tensor:
+    """The layer for a single token x (D,) of text being written on a CPU: K matrix-vector products, no rows to sort."""
+    y = torch.zeros_like(x)
+    for weight, e in zip(weights, experts):
+        gate, up = (w_in[e] @ x).chunk(2)
+        y.addmv_(w_out[e], F.silu(gate).mul_(up), alpha=weight)
+    return y
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -465,8 +478,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros(weight.shape, device=x.device) if ctx.needs_input_grad[1] else None
-        for part in torch.arange(n).split(step):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
             logits = (x[rows] @ w.t()).float()                                   # (step, V)
             target = targets[rows, None]
             lse = logits.logsumexp(-1, keepdim=True)
@@ -696,26 +709,28 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 @torch.inference_mode()
-def generate(model: Model, prompt: list[int], n_token: int, temperature: float = 0.8, top_k: int = 50,
-             seed: int = 1, n_vocab: int | None = None) -> Iterator[int]:
-    """Yield n_token token ids after the prompt, each as soon as it is known. temperature 0 is greedy.
+def generate(model: Model, prompt: Tensor, n_token: int, temperature: float = 0.8, top_k: int = 50, seed: int = 1,
+             n_vocab: int | None = None) -> Iterator[Tensor]:
+    """Yield n_token times the next token (B,) of each row of a prompt (B, T), once it is known. temperature 0: greedy.
 
     The cache turns each step into one token's work. Ids from n_vocab on (padding of the vocabulary) are never drawn.
     """
-    device, length = model.embed.weight.device, len(prompt) + n_token
-    limit = model.config.max_seq_len
-    require(len(prompt) > 0 and length <= limit, f"prompt and new tokens take {length} positions; the limit is {limit}")
-    cache = Cache(model.config, 1, length, device, model.embed.weight.dtype)
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = torch.tensor([prompt], device=device)
+    (batch, used), limit = prompt.shape, model.config.max_seq_len
+    length = used + n_token
+    require(used > 0 and length <= limit, f"prompt and new tokens take {length} positions; the limit is {limit}")
+    weight = model.embed.weight
+    cache = Cache(model.config, batch, length, weight.device, weight.dtype)
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    tokens = prompt.to(weight.device)
     for _ in range(n_token):
-        logits = model(tokens, cache=cache).logits[0, -1, :n_vocab].float()
+        logits = model(tokens, cache=cache).logits[:, -1, :n_vocab].float()                      # (B, V)
         if temperature == 0:
-            tokens = logits.argmax().view(1, 1)
+            tokens = logits.argmax(-1, keepdim=True)
         else:
-            values, ids = logits.topk(min(top_k, len(logits)))
-            tokens = ids[torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)].view(1, 1)
-        yield int(tokens)
+            values, ids = logits.topk(min(top_k, logits.shape[-1]))
+            drawn = torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)
+            tokens = ids.gather(-1, drawn)
+        yield tokens[:, 0]
 
 
 def write_text(model: Model, tokenizer, prompt: str, n_token: int, **sampling) -> Iterator[str]:
@@ -723,10 +738,10 @@ def write_text(model: Model, tokenizer, prompt: str, n_token: int, **sampling) -
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     ids = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
     yield prompt
-    for token in generate(model, ids, n_token, n_vocab=tokenizer.n_vocab, **sampling):
+    for token in generate(model, torch.tensor([ids]), n_token, n_vocab=tokenizer.n_vocab, **sampling):
         if token == tokenizer.eot_token:
             break
-        yield decoder.decode(tokenizer.decode_single_token_bytes(token))
+        yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))
     yield decoder.decode(b"", final=True)
 
 

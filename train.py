@@ -4,6 +4,7 @@ train.py: one command from a config file to a trained model.
     python train.py configs/tiny.py                        train; the same command again continues where it stopped
     python train.py configs/tiny.py --learning_rate=3e-4   any field of the config, by name
     python train.py --help                                 every field, its meaning and default
+    python train.py draw out/tiny out/tiny_dense           the figures again, and both losses in one
 
 Top to bottom: the configuration and how it is checked; text to tokens on disk; which tokens make up step s; the
 learning rate at step s; checkpoints; evaluation; the loop; the figures of a run.
@@ -660,7 +661,8 @@ class Log:
         self.file.write(json.dumps(line) + "\n")
 
     def evaluation(self, step: int, ce: float, bits: float) -> None:
-        self.write({"step": step, "tokens": position(self.config, step)[0], "val_ce": ce, "val_bits_per_byte": bits})
+        self.write({"step": step, "tokens": position(self.config, step)[0], "seconds": self.seconds,
+                    "val_ce": ce, "val_bits_per_byte": bits})
         print(f"step {step:6d} validation {ce:.4f} nats a token, {bits:.4f} bits a byte", flush=True)
         self.clock = time.perf_counter()                                    # evaluation is not training time
 
@@ -746,37 +748,49 @@ def device_name(device: str) -> str:
 
 def draw_figures(out: Path) -> None:
     """loss.png, and experts.png for a model with experts, from out/log.jsonl."""
-    import matplotlib
-    matplotlib.use("Agg")
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    draw_loss([x for x in lines if "ce" in x], [x for x in lines if "val_ce" in x], out)
-    loads = [x for x in lines if "load" in x]
+    draw_loss([out], out / "loss.png")
+    loads = [line for line in read_log(out) if "load" in line]
     if loads:
         draw_experts(loads, out)
 
 
-def draw_loss(steps: list[dict], evals: list[dict], out: Path) -> None:
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    tokens, ce = np.array([x["tokens"] for x in steps]), np.array([x["ce"] for x in steps])
-    width = max(1, len(ce) // 50)
-    smooth = np.convolve(ce, np.ones(width) / width, "valid")
-    axis.plot(tokens, ce, color="tab:blue", alpha=0.2, linewidth=0.8)
-    axis.plot(tokens[width - 1:], smooth, color="tab:blue", label=f"training, mean of {width} steps")
-    seen, losses = [x["tokens"] for x in evals], [x["val_ce"] for x in evals]
-    axis.plot(seen, losses, "o-", color="tab:orange", markersize=4, label="validation")
-    axis.annotate(f"{losses[-1]:.3f}", (seen[-1], losses[-1]), xytext=(0, 8), textcoords="offset points", ha="right",
-                  color="tab:orange")
-    axis.set(xlabel="training tokens", ylabel="cross-entropy, nats per token", title=out.name)
-    axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out / "loss.png", dpi=150)
+def read_log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def draw_loss(runs: list[Path], path: Path) -> None:
+    """Cross-entropy of one run or several, by training tokens and by training seconds."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for i, out in enumerate(runs):
+        steps, evals = ([x for x in read_log(out) if name in x] for name in ("ce", "val_ce"))
+        width = max(1, len(steps) // 50)
+        smooth = np.convolve([x["ce"] for x in steps], np.ones(width) / width, "valid")
+        last = f"{out.name}: {evals[-1]['val_ce']:.3f}"
+        for axis, key in zip(axes, ("tokens", "seconds")):
+            axis.plot([x[key] for x in steps], [x["ce"] for x in steps], color=f"C{i}", alpha=0.15, linewidth=0.6)
+            axis.plot([x[key] for x in steps][width - 1:], smooth, color=f"C{i}", linewidth=0.9, alpha=0.6)
+            axis.plot([x[key] for x in evals], [x["val_ce"] for x in evals], "o-", color=f"C{i}", ms=3.5, label=last)
+    for axis, label in zip(axes, ("training tokens", "training seconds")):
+        axis.set(xlabel=label)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(ylabel="cross-entropy, nats per token")
+    axes[0].legend(frameon=False, title="validation (dots), at the end")
+    figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def pyplot():
+    """matplotlib without a screen, imported when there is something to draw."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
 
 
 def draw_experts(loads: list[dict], out: Path) -> None:
     """A panel a layer, a row an expert, time to the right; colour is an expert's share of tokens over an even share."""
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.colors import TwoSlopeNorm
     load = np.array([x["load"] for x in loads])                             # (time, L, E)
     load = load * load.shape[2]
@@ -800,7 +814,18 @@ def draw_experts(loads: list[dict], out: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
+    if argv[:1] == ["draw"]:
+        return redraw([Path(name) for name in argv[1:]])
     sys.exit(train(parse_command_line(argv)))
+
+
+def redraw(runs: list[Path]) -> None:
+    """The figures of each run folder once more; of several, their losses in one picture beside the first."""
+    for out in runs:
+        require((out / "log.jsonl").is_file(), f"{out} has no log.jsonl: draw takes folders of runs, such as out/tiny")
+        draw_figures(out)
+    if len(runs) > 1:
+        draw_loss(runs, runs[0].parent / f"{'-'.join(out.name for out in runs)}.png")
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ def test_the_expert_layer_is_the_double_loop_forward_and_in_every_gradient(n, k,
     torch.manual_seed(0)
     inputs = [torch.randn(n, 6, dtype=torch.float64), torch.rand(n, k), torch.randn(e, 10, 6, dtype=torch.float64),
               torch.randn(e, 6, 5, dtype=torch.float64)]
-    experts = torch.stack([torch.randperm(e)[:k] for _ in range(n)])
+    experts = torch.stack([torch.randperm(e)[:k] for _ in range(n)]).int()
     _, offsets, slot, token = place(experts, e)
     a, b = ([t.clone().requires_grad_() for t in inputs] for _ in range(2))
     y = Experts.apply(*a, token, slot, offsets)
@@ -359,11 +359,19 @@ def test_changing_later_tokens_or_other_rows_leaves_earlier_outputs_alone(traini
 def test_greedy_decoding_with_the_cache_gives_the_tokens_of_full_recomputation(change):
     model = Model(small(**change)).init_weights(3).eval()
     text = [5, 17, 2]
-    cached = list(generate(model, text, 40, temperature=0))
+    cached = torch.cat(list(generate(model, torch.tensor([text]), 40, temperature=0))).tolist()
     with torch.no_grad():
         for _ in range(40):
             text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
     assert cached == text[3:]
+
+
+def test_rows_of_a_batch_are_decoded_as_if_alone():
+    model = Model(small()).init_weights(0).eval()
+    prompts = tokens(3, 5)
+    together = torch.stack(list(generate(model, prompts, 12, temperature=0)), 1)
+    alone = [torch.cat(list(generate(model, p[None], 12, temperature=0))) for p in prompts]
+    assert torch.equal(together, torch.stack(alone))
 
 
 def test_a_cache_can_be_filled_in_pieces():
@@ -377,7 +385,8 @@ def test_a_cache_can_be_filled_in_pieces():
 
 def test_sampling_is_a_function_of_the_seed_and_never_draws_padding():
     model = Model(small()).init_weights(0).eval()
-    draw = lambda seed: list(generate(model, [1], 30, temperature=5.0, top_k=97, seed=seed, n_vocab=50))
+    draw = lambda seed: torch.cat(list(generate(model, torch.ones(1, 1, dtype=torch.int64), 30, temperature=5.0,
+                                                top_k=97, seed=seed, n_vocab=50))).tolist()
     assert draw(1) == draw(1) != draw(2)
     assert max(draw(1)) < 50
 
@@ -385,7 +394,7 @@ def test_sampling_is_a_function_of_the_seed_and_never_draws_padding():
 def test_positions_beyond_max_seq_len_are_refused():
     model = Model(small(max_seq_len=30)).init_weights(0)
     with pytest.raises(BadInput, match="30"):
-        list(generate(model, [1] * 20, 11))
+        list(generate(model, torch.ones(1, 20, dtype=torch.int64), 11))
 
 
 def test_a_quarter_million_positions_cost_no_memory_until_used():
