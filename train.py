@@ -126,7 +126,7 @@ class Config(ModelConfig):
             require(len(numbers) == 2 * len(self.batch_tokens) > 0,
                     f"batch_tokens = {self.batch_tokens}: a ramp is a list of (from token, tokens a step) pairs")
             return [(int(start), int(batch)) for start, batch in pairs]
-        return [(0, self.batch_tokens or self.micro_batch * self.seq_len)]
+        return [(0, self.micro_batch * self.seq_len if self.batch_tokens is None else self.batch_tokens)]
 
 
 TYPES = typing.get_type_hints(Config)

@@ -1,0 +1,258 @@
+"""router.py, the kernels: each against the readable definition, forward and every gradient.
+
+Without a GPU the kernels run under Triton's interpreter. It has to be switched on before triton is first imported, so
+it lives in a process of its own (fixture `interpreter`), and this one stays free to compile the kernels ahead of time.
+"""
+
+import math
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import router
+
+triton = pytest.importorskip("triton", reason="triton is not installed: the definition does all the work")
+compiles = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+INTEGERS = ("experts", "counts", "offsets", "slot", "token")
+HARD = ("random", "one expert", "ties", "nan")
+
+
+# --- what both sides compute ----------------------------------------------------------------------------------------
+
+
+def make_logits(n, e, kind):
+    """Logits (n, e): random, with one expert taking all (the others empty at K = 1), full of ties, or with bad rows."""
+    logits = 2 * torch.randn(n, e, generator=torch.Generator().manual_seed(n + e))
+    if kind == "one expert":
+        logits[:, e // 2] += 50
+    if kind == "ties":
+        logits = logits.round() * torch.tensor([0.0, 1.0]).repeat(n)[:n, None]       # 0.0 and -0.0 in every other row
+    if kind == "nan" and n:
+        logits[::3, e // 2], logits[::5, 0], logits[::7] = math.nan, -math.inf, math.inf
+    return logits
+
+
+def routed(n, e, k, kind="random", renormalize=True, device="cpu"):
+    """Route, and take the gradient of the logits through weights, balance and z, apart and together: name -> array."""
+    logits = make_logits(n, e, kind).to(device).requires_grad_()
+    routing = router.route(logits, SimpleNamespace(router="softmax", top_k=k, renormalize=renormalize))
+    router.check(routing, n, e, k)
+    mix = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(device)
+    parts = {"weights": (routing.weights * mix).sum()} | routing.losses
+    parts["all"] = parts["weights"] + 3 * parts["balance"] - 0.5 * parts["z"]
+    out = {name: getattr(routing, name) for name in ("weights", *INTEGERS)} | routing.losses | routing.stats
+    out |= {f"d {name}": torch.autograd.grad(part, logits, retain_graph=True)[0] for name, part in parts.items()}
+    return {name: value.detach().cpu().numpy() for name, value in out.items()}
+
+
+def moved(n, k, d, dtype, device="cpu"):
+    """Gather and combine with their gradients: name -> array. Values are small integers: exact in every dtype."""
+    plan = router.place(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)).topk(k).indices.int(), 8)
+    slot, token = plan[2].to(device), plan[3].to(device)
+    number = lambda *shape: (torch.arange(math.prod(shape)) * 7 % 11 - 5).view(shape).to(device, getattr(torch, dtype))
+    x, rows = number(n, d).requires_grad_(), number(n * k, d).requires_grad_()
+    out = {"gather": router.gather(x, token, k), "combine": router.combine(rows, slot)}
+    (out["d x"],) = torch.autograd.grad(out["gather"], x, rows)
+    (out["d rows"],) = torch.autograd.grad(out["combine"], rows, x)
+    return {name: value.detach().float().cpu().numpy() for name, value in out.items()}
+
+
+def same(kernel, definition):
+    """Integers equal bit for bit; weights, losses and gradients to float32 rounding of the terms they are sums of.
+
+    Where terms cancel, a rounding of them is left: terms of 1, or of 1/N in the gradient of a mean over tokens.
+    """
+    assert kernel.keys() == definition.keys()
+    for name, expected in definition.items():
+        assert kernel[name].shape == expected.shape and kernel[name].dtype == expected.dtype, name
+        if name in INTEGERS or name in ("nonfinite", "gather", "combine", "d x", "d rows"):
+            np.testing.assert_array_equal(kernel[name], expected, err_msg=name)
+        else:
+            term = 1 / max(len(expected), 1) if name in ("d balance", "d z") else 1
+            np.testing.assert_allclose(kernel[name], expected, rtol=1e-5, atol=2e-6 * term, err_msg=name)
+
+
+def start_interpreter():
+    """Runs first in the child: the kernels take every tensor there, and say so if the interpreter is not on."""
+    torch.set_num_threads(1)
+    np.seterr(all="ignore")                                                          # NaN rows are part of the test
+    assert triton.knobs.runtime.interpret
+    router.use_kernels = lambda x: True
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """A process in which triton.jit interprets: `interpreter(function, *args)` runs the function there."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"                                             # the child reads it as it starts
+    pool = ProcessPoolExecutor(1, get_context("spawn"), start_interpreter)
+    pool.submit(int).result()
+    if before is None:
+        del os.environ["TRITON_INTERPRET"]
+    else:
+        os.environ["TRITON_INTERPRET"] = before
+    with pool:
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+# --- under the interpreter ------------------------------------------------------------------------------------------
+
+SHAPES = [(1, 1, 1), (7, 1, 1), (64, 2, 1), (7, 2, 2), (1, 7, 3), (257, 7, 7), (0, 16, 2), (64, 16, 8), (257, 16, 2),
+          (64, 16, 16), (7, 60, 8), (64, 60, 3), (257, 60, 1), (64, 128, 1), (257, 128, 8), (7, 128, 32), (64, 256, 8),
+          (7, 256, 2), (9, 1000, 8)]
+
+
+@pytest.mark.parametrize(("n", "e", "k"), SHAPES)
+def test_route_kernels_equal_the_definition_forward_and_every_gradient(interpreter, n, e, k):
+    for renormalize in (True, False):
+        same(interpreter(routed, n, e, k, "random", renormalize), routed(n, e, k, "random", renormalize))
+
+
+@pytest.mark.parametrize("kind", HARD[1:])
+@pytest.mark.parametrize(("n", "e", "k"), [(257, 16, 1), (64, 60, 8), (64, 7, 7)])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_route_kernels_agree_on_crowded_experts_ties_and_bad_rows(interpreter, n, e, k, kind, renormalize):
+    same(interpreter(routed, n, e, k, kind, renormalize), routed(n, e, k, kind, renormalize))
+
+
+def test_more_than_32_choices_fall_back_to_the_definition(interpreter):
+    same(interpreter(routed, 7, 40, 33), routed(7, 40, 33))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("n", "k", "d"), [(0, 2, 8), (1, 1, 1), (7, 8, 60), (33, 3, 2500)])
+def test_gather_and_combine_kernels_equal_the_definition_in_every_dtype(interpreter, n, k, d, dtype):
+    same(interpreter(moved, n, k, d, dtype), moved(n, k, d, dtype))
+
+
+def test_kernels_give_the_same_bits_every_time(interpreter):
+    first, second = (interpreter(routed, 257, 16, 2) for _ in range(2))
+    assert all(first[name].tobytes() == second[name].tobytes() for name in first)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize(("n", "e", "k"), [(0, 16, 4), (1, 16, 4), (16384, 16, 4), (16384, 128, 8), (16001, 60, 8),
+                                           (16384, 256, 8), (4099, 1000, 32), (4099, 64, 64)])
+def test_on_a_gpu_routing_equals_the_definition_on_the_cpu(n, e, k, kind):
+    for renormalize in (True, False):
+        same(routed(n, e, k, kind, renormalize, "cuda"), routed(n, e, k, kind, renormalize))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("d", [60, 256, 2048, 5120])
+def test_on_a_gpu_gather_and_combine_equal_the_definition_on_the_cpu(d, dtype):
+    same(moved(2048, 8, d, dtype, "cuda"), moved(2048, 8, d, dtype))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_routing_gives_the_same_bits_every_time():
+    first, second = (routed(16384, 128, 8, "random", True, "cuda") for _ in range(2))
+    assert all(first[name].tobytes() == second[name].tobytes() for name in first)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_nothing_waits_for_the_gpu():
+    config = SimpleNamespace(router="softmax", top_k=8, renormalize=True)
+    logits = torch.randn(4096, 128, device="cuda", requires_grad=True)
+    x = torch.randn(4096, 64, device="cuda", requires_grad=True)
+
+    def step():
+        plan = router.route(logits, config)
+        y = router.combine(router.gather(x, plan.token, 8), plan.slot)
+        (y.sum() + plan.weights.sum() + plan.losses["balance"] + plan.losses["z"]).backward()
+
+    step()                                                                           # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- compiled ahead of time -----------------------------------------------------------------------------------------
+
+
+def source(kernel, dtypes, constants):
+    """What triton.compile wants in place of tensors: a type for each argument, all in multiples of 16."""
+    from triton.compiler import ASTSource
+
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else dtypes.get(name, "*fp32") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
+    return ASTSource(kernel, signature, constants, aligned)
+
+
+def kernels(e, k, **tokens):
+    """Every kernel of the file as (name, source, warps), with the launch shapes that router.py would give it.
+
+    Triton compiles an argument that is 1 as a constant of its own: `tokens` says so, N=1, T=1.
+    """
+    ints = dict.fromkeys((*INTEGERS, "hist", "ends"), "*i32") | dict.fromkeys("NTD", "i32")
+    shape = router.tiling(e)
+    warps = shape.pop("num_warps")
+    sizes = {"E": e, "K": k, "BLOCK_K": triton.next_power_of_2(k), "BLOCK_T": 8192 // shape["BLOCK_E"]} | shape | tokens
+    yield "place_rows", source(router.place_rows, ints, sizes), warps
+    yield "totals", source(router.totals, ints, sizes), 8
+    for renormalize in (True, False):
+        for kernel in (router.route_fwd, router.route_bwd):
+            how = sizes | {"RENORMALIZE": renormalize}
+            yield f"{kernel.__name__} {renormalize}", source(kernel, ints, how), warps
+    for kind in ("*fp32", "*bf16", "*fp16"):
+        for kernel in (router.gather_rows, router.combine_rows):
+            types = ints | {"x": kind, "rows": kind}
+            yield f"{kernel.__name__} {kind}", source(kernel, types, {"K": k, "BLOCK_D": 2048}), 8
+
+
+def registers_and_spills(compiled, capability):
+    """Registers a thread and bytes spilt, as ptxas -v reports them for the kernel's PTX."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}", file.name,
+                   "-o", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    return int(re.search(r"Used (\d+) registers", report)[1]), int(spills[1]) + int(spills[2])
+
+
+@compiles
+@pytest.mark.parametrize(("capability", "e", "k"), [(80, 128, 8), (89, 128, 8), (90, 128, 8), (100, 128, 8),
+                                                    (80, 16, 4), (90, 16, 4), (90, 60, 32), (90, 256, 8),
+                                                    (80, 1024, 32), (90, 1024, 32), (100, 1024, 8)])
+def test_every_kernel_compiles_for_four_generations_of_gpus_without_spilling(capability, e, k):
+    from triton.backends.compiler import GPUTarget
+
+    for name, code, warps in kernels(e, k):
+        if (capability, e) != (90, 128) and re.search("fp16|False", name):
+            continue                                                                 # once is enough
+        compiled = triton.compile(code, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        registers, spilt = registers_and_spills(compiled, capability)
+        assert spilt == 0 and registers <= 65536 // (32 * warps), f"{name}: {registers} registers, {spilt} bytes spilt"
+
+
+@compiles
+def test_the_kernels_compile_for_a_single_token_too():
+    from triton.backends.compiler import GPUTarget
+
+    for _, code, warps in kernels(16, 4, N=1, T=1):
+        assert triton.compile(code, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["cubin"]
