@@ -34,7 +34,7 @@ try:
     import triton.language as tl
     jit, constexpr = triton.jit, tl.constexpr
 except ImportError:                                   # macOS, for one: the definition does all the work
-    triton, jit, constexpr = None, lambda kernel: kernel, None
+    triton, tl, jit, constexpr = None, None, lambda kernel: kernel, None
 
 # --- the contract ---------------------------------------------------------------------------------------------------
 
@@ -153,8 +153,13 @@ def mean_over_tokens(x: Tensor) -> Tensor:
 
 
 def finish(logits: Tensor, probs: Tensor, weights: Tensor, experts: Tensor, nonfinite: Tensor) -> Routing:
-    """Everything that follows once a policy has chosen: rows in expert order, the losses, the statistics."""
+    """Everything that follows once a policy has chosen: rows in expert order, the losses, the statistics.
+
+    In inference mode, while text is written, nobody asks for losses and statistics: both are empty there.
+    """
     counts, offsets, slot, token = place(experts, logits.shape[-1])
+    if torch.is_inference_mode_enabled():
+        return Routing(weights, experts, counts, offsets, slot, token, {}, {})
     with torch.no_grad():
         stats = {
             "load": counts / max(experts.numel(), 1),                                # (E,) share of rows
@@ -202,9 +207,9 @@ def use_kernels(x: Tensor) -> bool:
 # of a token stand. Going by slot, a token is read once and written K times; going by row, it would be read K times.
 
 
-def gather(x: Tensor, token: Tensor, k: int) -> Tensor:
-    """Copy tokens into expert order: x (N, D), token (R,) -> (R, D). Its gradient is `combine`."""
-    return Gather.apply(x, invert(token).view(-1, k))
+def gather(x: Tensor, slot: Tensor) -> Tensor:
+    """Copy tokens into expert order: x (N, D), slot (N, K) -> (R, D). Its gradient is `combine`."""
+    return Gather.apply(x, slot)
 
 
 def combine(rows: Tensor, slot: Tensor) -> Tensor:
@@ -579,7 +584,7 @@ def functions_timed(n: int, e: int, k: int, d: int) -> dict[str, tuple[Callable,
     logits = torch.randn(n, e, device="cuda", requires_grad=True)
     plan, fused = softmax_topk(logits, config), softmax_kernels(logits, config)
     x, d_weights = torch.randn(n, d, device="cuda", dtype=torch.bfloat16), torch.randn_like(plan.weights)
-    rows, ends = gather(x, plan.token, k), run_route_fwd(logits.detach(), k, True)[3]
+    rows, ends = gather(x, plan.slot), run_route_fwd(logits.detach(), k, True)[3]
 
     def backward(routing):
         loss = (routing.weights * d_weights).sum() + routing.losses["balance"] + routing.losses["z"]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import model
 import router
 
 triton = pytest.importorskip("triton", reason="triton is not installed: the definition does all the work")
@@ -57,13 +58,22 @@ def routed(n, e, k, kind="random", renormalize=True, device="cpu"):
 def moved(n, k, d, dtype, device="cpu"):
     """Gather and combine with their gradients: name -> array. Values are small integers: exact in every dtype."""
     plan = router.place(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)).topk(k).indices.int(), 8)
-    slot, token = plan[2].to(device), plan[3].to(device)
+    slot = plan[2].to(device)
     number = lambda *shape: (torch.arange(math.prod(shape)) * 7 % 11 - 5).view(shape).to(device, getattr(torch, dtype))
     x, rows = number(n, d).requires_grad_(), number(n * k, d).requires_grad_()
-    out = {"gather": router.gather(x, token, k), "combine": router.combine(rows, slot)}
+    out = {"gather": router.gather(x, slot), "combine": router.combine(rows, slot)}
     (out["d x"],) = torch.autograd.grad(out["gather"], x, rows)
     (out["d rows"],) = torch.autograd.grad(out["combine"], rows, x)
     return {name: value.detach().float().cpu().numpy() for name, value in out.items()}
+
+
+def activated(rows, width, dtype, device="cpu"):
+    """SwiGLU with the combine weight folded in, and its gradients: name -> array."""
+    kind, seeded = getattr(torch, dtype), lambda: torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=seeded()).to(device, kind)
+    h, weight, da = draw(rows, 2 * width), draw(rows, 1), draw(rows, width)
+    out = (model.swiglu(h, weight), *model.swiglu_backward(h, da, weight))
+    return [value.detach().float().cpu().numpy() for value in out]
 
 
 def same(kernel, definition):
@@ -86,7 +96,7 @@ def start_interpreter():
     torch.set_num_threads(1)
     np.seterr(all="ignore")                                                          # NaN rows are part of the test
     assert triton.knobs.runtime.interpret
-    router.use_kernels = lambda x: True
+    router.use_kernels = model.use_kernels = lambda x: True
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +144,14 @@ def test_gather_and_combine_kernels_equal_the_definition_in_every_dtype(interpre
     same(interpreter(moved, n, k, d, dtype), moved(n, k, d, dtype))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2), ("float16", 3e-3)])
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 1), (7, 60), (33, 768)])
+def test_swiglu_kernels_equal_the_definition_in_every_dtype(interpreter, rows, width, dtype, tolerance):
+    for kernel, definition in zip(interpreter(activated, rows, width, dtype), activated(rows, width, "float32")):
+        scale = tolerance * max(1, np.abs(definition).max(initial=0))
+        np.testing.assert_allclose(kernel, definition, rtol=tolerance, atol=scale)
+
+
 def test_kernels_give_the_same_bits_every_time(interpreter):
     first, second = (interpreter(routed, 257, 16, 2) for _ in range(2))
     assert all(first[name].tobytes() == second[name].tobytes() for name in first)
@@ -162,6 +180,15 @@ def test_on_a_gpu_gather_and_combine_equal_the_definition_on_the_cpu(d, dtype):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_on_a_gpu_swiglu_equals_the_definition_on_the_cpu(dtype):
+    for kernel, definition in zip(activated(512, 768, dtype, "cuda"), activated(512, 768, dtype)):
+        tolerance = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}[dtype]
+        np.testing.assert_allclose(kernel, definition, rtol=tolerance, atol=tolerance * np.abs(definition).max())
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_on_a_gpu_routing_gives_the_same_bits_every_time():
     first, second = (routed(16384, 128, 8, "random", True, "cuda") for _ in range(2))
     assert all(first[name].tobytes() == second[name].tobytes() for name in first)
@@ -176,7 +203,7 @@ def test_on_a_gpu_nothing_waits_for_the_gpu():
 
     def step():
         plan = router.route(logits, config)
-        y = router.combine(router.gather(x, plan.token, 8), plan.slot)
+        y = router.combine(router.gather(x, plan.slot), plan.slot)
         (y.sum() + plan.weights.sum() + plan.losses["balance"] + plan.losses["z"]).backward()
 
     step()                                                                           # compiles
@@ -216,6 +243,9 @@ def kernels(e, k, **tokens):
             how = sizes | {"RENORMALIZE": renormalize}
             yield f"{kernel.__name__} {renormalize}", source(kernel, ints, how), warps
     for kind in ("*fp32", "*bf16", "*fp16"):
+        types = {"dweight": "*fp32", "width": "i32"} | dict.fromkeys(("h", "weight", "a", "da", "dh"), kind)
+        for kernel in (model.swiglu_fwd, model.swiglu_bwd):
+            yield f"{kernel.__name__} {kind}", source(kernel, types, {"BLOCK": 1024}), 4
         for kernel in (router.gather_rows, router.combine_rows):
             types = ints | {"x": kind, "rows": kind}
             yield f"{kernel.__name__} {kind}", source(kernel, types, {"K": k, "BLOCK_D": 2048}), 8

@@ -131,11 +131,11 @@ def test_gather_and_combine_are_each_others_gradient():
     x = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(30, 4, dtype=torch.float64, requires_grad=True)
     for choice, row in enumerate(plan.slot.flatten().tolist()):
-        assert torch.equal(gather(x, plan.token, 3)[row], x[choice // 3])
+        assert torch.equal(gather(x, plan.slot)[row], x[choice // 3])
     torch.testing.assert_close(combine(rows, plan.slot), rows[plan.slot.long()].sum(1))
-    assert torch.autograd.gradcheck(lambda x: gather(x, plan.token, 3), x)
+    assert torch.autograd.gradcheck(lambda x: gather(x, plan.slot), x)
     assert torch.autograd.gradcheck(lambda rows: combine(rows, plan.slot), rows)
-    assert torch.autograd.gradgradcheck(lambda x: combine(gather(x, plan.token, 3) ** 2, plan.slot), x)
+    assert torch.autograd.gradgradcheck(lambda x: combine(gather(x, plan.slot) ** 2, plan.slot), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -143,7 +143,7 @@ def test_gather_and_combine_are_each_others_gradient():
 def test_gathering_and_combining_equal_rows_multiplies_by_k(dtype, n):
     plan = route(random_logits(n, 6), config(4))
     x = torch.randn(n, 8).to(dtype)
-    y = combine(gather(x, plan.token, 4), plan.slot)
+    y = combine(gather(x, plan.slot), plan.slot)
     assert y.dtype == dtype and torch.equal(y, 4 * x)
 
 
