@@ -202,7 +202,7 @@ def bench_layer(args) -> dict:
         r = finish(logits, logits.softmax(-1), weights, choices(kind, n, e, k), torch.zeros((), device=DEVICE))
         w_in = (torch.randn(e, 2 * width, d, device=DEVICE) / d**0.5).requires_grad_()
         w_out = (torch.randn(e, d, width, device=DEVICE) / width**0.5).requires_grad_()
-        call = lambda r=r, w=weights, a=w_in, b=w_out: Experts.apply(x, w, a, b, r.token, r.slot, r.offsets)
+        call = lambda r=r, w=weights, a=w_in, b=w_out: Experts.apply(x, w, a, b, r.token, r.slot, r.offsets, True)
         candidates[f"E={e} {kind}"] = lambda call=call, w=(weights, w_in, w_out): forward_backward(call, x, *w)
     dense = Dense(ModelConfig(d_model=d, d_expert=k * width, n_expert=1, top_k=1)).to(DEVICE, DTYPE)
     for p in dense.parameters():

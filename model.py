@@ -36,6 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from router import POLICIES, combine, constexpr, gather, jit, route, tl, triton, use_kernels
 
@@ -76,6 +77,7 @@ class ModelConfig:
     renormalize: bool = True      # the K combine weights sum to 1
     aux_coef: float = 0.01        # weight of the load-balancing loss
     z_coef: float = 0.001         # weight of the router z-loss
+    recompute: bool = False       # attention and expert activations made again in backward; routing kept
     init_scale: float = 1.0       # weights start at std sqrt(init_scale / fan_in), cut at two std
 
     def validate(self) -> None:
@@ -258,7 +260,8 @@ class MoE(nn.Module):
         if len(flat) == 1 and not torch.is_grad_enabled() and not x.is_cuda:
             y = one_token(flat[0], r.weights[0].tolist(), r.experts[0].tolist(), self.w_in, self.w_out)
         else:
-            y = Experts.apply(flat, r.weights, self.w_in, self.w_out, r.token, r.slot, r.offsets)
+            keep = not self.config.recompute
+            y = Experts.apply(flat, r.weights, self.w_in, self.w_out, r.token, r.slot, r.offsets, keep)
         return y.view_as(x), r
 
 
@@ -287,24 +290,22 @@ class Experts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weights, w_in, w_out, token, slot, offsets):
+    def forward(ctx, x, weights, w_in, w_out, token, slot, offsets, keep):
         weight = weights.flatten()[token].unsqueeze(1).to(x.dtype)                     # (R, 1)
-        w1, w2 = w_in.to(x.dtype), w_out.to(x.dtype)
+        w2, h = w_out.to(x.dtype), pre_activation(x, w_in, token, slot, offsets)
         if has_grouped_mm(x):
-            h = F.grouped_mm(gather(x, slot), w1.transpose(1, 2), offs=offsets)  # (R, 2F)
-            y = F.grouped_mm(swiglu(h, weight), w2.transpose(1, 2), offs=offsets)  # (R, D)
+            y = F.grouped_mm(swiglu(h, weight), w2.transpose(1, 2), offs=offsets)      # (R, D)
         else:
-            h, y = x.new_empty(len(token), w1.shape[1]), x.new_empty(len(token), x.shape[1])
-            source = token // slot.shape[1]                                            # (R,) the token of each row
+            y = x.new_empty(len(token), x.shape[1])
             for e, rows in blocks(offsets):
-                torch.mm(x.index_select(0, source[rows]), w1[e].t(), out=h[rows])
                 torch.mm(swiglu(h[rows], weight[rows]), w2[e].t(), out=y[rows])
-        ctx.save_for_backward(x, weights, w_in, w_out, token, slot, offsets, h)
+        ctx.save_for_backward(x, weights, w_in, w_out, token, slot, offsets, h if keep else None)
         return combine(y, slot)                                                        # (N, D)
 
     @staticmethod
     def backward(ctx, dy):
         x, weights, w_in, w_out, token, slot, offsets, h = ctx.saved_tensors
+        h = pre_activation(x, w_in, token, slot, offsets) if h is None else h
         weight = weights.flatten()[token].unsqueeze(1).to(x.dtype)                     # (R, 1)
         w1, w2, dy = w_in.to(x.dtype), w_out.to(x.dtype), dy.to(x.dtype)
         if has_grouped_mm(x):
@@ -323,7 +324,18 @@ class Experts(torch.autograd.Function):
                 torch.mm(dy_e.t(), a, out=dw2[e])
                 torch.mm(dh, w1[e], out=dx[rows])
         return (combine(dx, slot), dweight.to(weights.dtype)[slot], dw1.to(w_in.dtype), dw2.to(w_out.dtype),
-                None, None, None)
+                None, None, None, None)
+
+
+def pre_activation(x: Tensor, w_in: Tensor, token: Tensor, slot: Tensor, offsets: Tensor) -> Tensor:
+    """h (R, 2F): each row of x (N, D) through the first matrix of its expert, in expert order."""
+    w1 = w_in.to(x.dtype)
+    if has_grouped_mm(x):
+        return F.grouped_mm(gather(x, slot), w1.transpose(1, 2), offs=offsets)
+    h, source = x.new_empty(len(token), w1.shape[1]), token // slot.shape[1]           # (R,) the token of each row
+    for e, rows in blocks(offsets):
+        torch.mm(x.index_select(0, source[rows]), w1[e].t(), out=h[rows])
+    return h
 
 
 def swiglu(h: Tensor, weight: Tensor) -> Tensor:
@@ -401,9 +413,12 @@ class Block(nn.Module):
         self.attn_norm, self.attn = RMSNorm(config.d_model, config.norm_eps), Attention(config)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = MoE(config) if config.n_expert > 1 else Dense(config)
+        self.recompute = config.recompute
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, layer: int):
-        x = x + self.attn(self.attn_norm(x), cos, sin, cache, layer)
+        attend = lambda x: self.attn(self.attn_norm(x), cos, sin, cache, layer)
+        again = self.recompute and torch.is_grad_enabled()
+        x = x + (checkpoint(attend, x, use_reentrant=False) if again else attend(x))
         y, routing = self.ffn(self.ffn_norm(x))
         return x + y, routing
 

@@ -225,8 +225,9 @@ def experts_by_double_loop(x, weights, w_in, w_out, experts):
     return torch.stack(out)
 
 
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("n, k, e", [(7, 3, 5), (1, 1, 2), (33, 4, 4), (6, 2, 16)])
-def test_the_expert_layer_is_the_double_loop_forward_and_in_every_gradient(n, k, e):
+def test_the_expert_layer_is_the_double_loop_forward_and_in_every_gradient(n, k, e, keep):
     from router import place
     torch.manual_seed(0)
     inputs = [torch.randn(n, 6, dtype=torch.float64), torch.rand(n, k), torch.randn(e, 10, 6, dtype=torch.float64),
@@ -234,7 +235,7 @@ def test_the_expert_layer_is_the_double_loop_forward_and_in_every_gradient(n, k,
     experts = torch.stack([torch.randperm(e)[:k] for _ in range(n)]).int()
     _, offsets, slot, token = place(experts, e)
     a, b = ([t.clone().requires_grad_() for t in inputs] for _ in range(2))
-    y = Experts.apply(*a, token, slot, offsets)
+    y = Experts.apply(*a, token, slot, offsets, keep)
     expected = experts_by_double_loop(*b, experts)
     torch.testing.assert_close(y, expected)
     dy = torch.randn_like(y)
@@ -303,6 +304,21 @@ def test_norms_and_embeddings_are_not_decayed_and_the_groups_add_up():
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for p in plain} == {n for n in names.values() if "norm" in n or n == "embed.weight"}
     assert len(decay) + len(plain) == len(names)
+
+
+def test_recomputing_changes_no_gradient_and_routes_once(monkeypatch):
+    calls, original = [], m.route
+    monkeypatch.setattr(m, "route", lambda *args: calls.append(1) or original(*args))
+    grads = []
+    for recompute in (False, True):
+        model = Model(small(recompute=recompute)).init_weights(0)
+        x = tokens(2, 24)
+        o = model(x, x)
+        (o.ce + o.balance + o.z).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert len(calls) == 2 * 2                                       # two layers, two models: never again in backward
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
 
 
 def test_balance_loss_reaches_the_gate_of_every_layer():
