@@ -180,11 +180,29 @@ def rope_tables(start: int, length: int, config: ModelConfig, device) -> tuple[T
     return angle.cos(), angle.sin()
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + d_head/2}) of x (B, H, T, d_head) by its angle: q.k then sees only the distance."""
-    a, b = x.chunk(2, -1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+class Rope(torch.autograd.Function):
+    """Turn each pair (x_i, x_{i + d_head/2}) of x (B, H, T, d_head) by its angle: q.k then sees only the distance.
+
+    The gradient of a rotation is the rotation back, so nothing needs to be kept for it but the angles.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos.to(x.dtype), sin.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        return rotate(dy, cos.to(dy.dtype), -sin.to(dy.dtype)), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    (a, b), (left, right) = x.chunk(2, -1), y.chunk(2, -1)
+    torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=right).addcmul_(a, sin)
+    return y
 
 
 class Cache:
@@ -218,7 +236,7 @@ class Attention(nn.Module):
         q, k, v = heads.split(self.heads, 1)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        q, k = Rope.apply(q, cos, sin), Rope.apply(k, cos, sin)
         mask = None
         if cache is not None:
             k, v = cache.append(layer, k, v)
@@ -349,7 +367,7 @@ def swiglu(h: Tensor, weight: Tensor) -> Tensor:
 
 
 def swiglu_backward(h: Tensor, da: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From da, the gradient of a = swiglu(h, weight): dh (rows, 2F), a again (rows, F), dweight (rows,)."""
+    """From da, the gradient of a = swiglu(h, weight), used up: dh (rows, 2F), a again (rows, F), dweight (rows,)."""
     dh = torch.empty_like(h)
     if use_kernels(h) and len(h):
         a, dweight = torch.empty_like(da), h.new_empty(len(h), dtype=torch.float32)
@@ -357,14 +375,12 @@ def swiglu_backward(h: Tensor, da: Tensor, weight: Tensor) -> tuple[Tensor, Tens
         return dh, a, dweight
     gate, up = h.chunk(2, -1)
     dgate, dup = dh.chunk(2, -1)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    torch.mul(da, silu, out=dup)
-    dweight = (dup * up).sum(-1)                                # <da, silu * up>
-    dup.mul_(weight)
-    torch.sub(1 + gate, silu, out=dgate).mul_(sigmoid)          # silu' = sigmoid * (1 + gate - silu)
-    dgate.mul_(da).mul_(up).mul_(weight)
-    return dh, silu.mul_(up).mul_(weight), dweight
+    silu = F.silu(gate)
+    a = silu * up
+    dweight = (da * a).sum(-1)                                  # before a and da are weighted
+    torch.mul(da.mul_(weight), silu, out=dup)
+    torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=dgate)
+    return dh, a.mul_(weight), dweight
 
 
 @jit

@@ -248,7 +248,7 @@ def test_rope_turns_the_first_pair_by_the_position_and_keeps_lengths():
     config = small(d_head=4, rope_base=100.0)
     cos, sin = m.rope_tables(5, 1, config, "cpu")
     x = torch.tensor([1.0, 2.0, 0.0, 0.0]).view(1, 1, 1, 4)          # pairs (x0, x2) and (x1, x3)
-    y = m.rope(x, cos, sin).flatten()
+    y = m.Rope.apply(x, cos, sin).flatten()
     expected = [math.cos(5), 2 * math.cos(0.5), math.sin(5), 2 * math.sin(0.5)]      # frequencies 1 and 100^(-1/2)
     torch.testing.assert_close(y, torch.tensor(expected))
 
@@ -257,7 +257,7 @@ def test_rope_makes_scores_depend_on_distance_alone():
     config = small()
     q, k = torch.randn(16), torch.randn(16)
     cos, sin = m.rope_tables(0, 4096, config, "cpu")
-    turn = lambda x, i: m.rope(x.view(1, 1, 1, 16), cos[i:i + 1], sin[i:i + 1]).flatten()
+    turn = lambda x, i: m.Rope.apply(x.view(1, 1, 1, 16), cos[i:i + 1], sin[i:i + 1]).flatten()
     assert float(turn(q, 9) @ turn(k, 4)) == pytest.approx(float(turn(q, 4009) @ turn(k, 4004)), abs=1e-3)
 
 
