@@ -84,7 +84,7 @@ class ModelConfig:
         """Raise BadInput at the first value no model can have."""
         for name in ("n_layer", "d_model", "n_head", "n_kv_head", "d_head", "n_expert", "top_k", "d_expert",
                      "vocab_size", "seq_len", "max_seq_len", "rope_base", "norm_eps", "init_scale"):
-            require(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be positive")
+            require(0 < getattr(self, name) < 2**31, f"{name} = {getattr(self, name)} must be positive, below 2**31")
         for name in ("aux_coef", "z_coef"):
             require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)} must not be negative")
         require(self.top_k <= self.n_expert, f"top_k = {self.top_k} must be 1 to n_expert = {self.n_expert}")
@@ -875,10 +875,11 @@ def main(argv: list[str]) -> None:
 
 def run_script(main) -> None:
     """Run a script's main; what the user can mend is one line on stderr and exit code 2."""
+    sys.stdout.reconfigure(errors="replace")             # a sample may hold what the terminal cannot show
     try:
         main(sys.argv[1:])
     except BadInput as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        sys.exit(print(f"error: {error}".replace("\n", " "), file=sys.stderr) or 2)
 
 
 if __name__ == "__main__":

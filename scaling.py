@@ -26,8 +26,10 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 import time
+from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +46,11 @@ class BadInput(Exception):
     """The user can mend this: one line on stderr, exit code 2, nothing written."""
 
 
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise BadInput(message)
+
+
 # --- 1. the law -----------------------------------------------------------------------------------------------------
 
 
@@ -51,7 +58,7 @@ class Law(NamedTuple):
     """L = a Ê^-delta N^-(alpha + gamma ln Ê)  +  b Ê^-omega D^-(beta + zeta ln Ê)  +  c       (the joint law)
 
     Defaults: Table 2. A field may also be an array whose last axes are 1: then one object is S laws, and every method
-    broadcasts over them. `offset` is added to E - 1 in eq. 6; 0.01 is what the printed Table 3 was made with.
+    broadcasts over them.
     """
 
     a: float = 35.91
@@ -65,11 +72,10 @@ class Law(NamedTuple):
     c: float = 1.3637
     e_start: float = 2.0732
     e_max: float = 290.4521
-    offset: float = 0.0
 
     def ehat(self, E: Array) -> Array:
         """Effective experts: 1/Ê = 1/(E - 1 + 1/(1/E_start - 1/E_max)) + 1/E_max; E_start when dense (eq. 6)."""
-        rest = np.asarray(E, float) - 1 + self.offset + 1 / (1 / self.e_start - 1 / self.e_max)
+        rest = np.asarray(E, float) - 1 + 1 / (1 / self.e_start - 1 / self.e_max)
         return 1 / (1 / rest + 1 / self.e_max)
 
     def terms(self, E: Array) -> tuple:
@@ -81,10 +87,11 @@ class Law(NamedTuple):
     def loss(self, N: Array, D: Array, E: Array) -> Array:
         """Expected loss, nats per token. N, D, E broadcast against each other and against the fields."""
         m, mu, n, nu = self.terms(E)
-        return m * np.exp(-mu * np.log(np.asarray(N, float))) + n * np.exp(-nu * np.log(np.asarray(D, float))) + self.c
+        return m * np.asarray(N, float) ** -mu + n * np.asarray(D, float) ** -nu + self.c
 
 
-NAMES = Law._fields[:11]             # the coefficients that a fit can move
+NAMES = Law._fields
+TERMS = "m", "mu", "n", "nu"
 
 
 def many(theta: Array, axes: int = 1) -> Law:
@@ -92,13 +99,13 @@ def many(theta: Array, axes: int = 1) -> Law:
     return Law(*np.asarray(theta, float).T.reshape(11, -1, *[1] * axes))
 
 
-def law_size(d_model: Array, n_layer: Array, n_expert: Array, vocab_size: int = 50257) -> tuple:
-    """(N_total, N_active) as the paper counts them; works on arrays.
+def law_size(d_model: Array, n_layer: Array, n_expert: Array) -> tuple:
+    """(N_total, N_active) as the paper counts them, for its vocabulary of 50,257; works on arrays.
 
     Embedding and head 2 d V; a block has attention 4 d^2 and SwiGLU experts of width 3 d, 9 d^2 each, one of them
     active (Switch); norms and router are left out.
     """
-    embedding, square = 2 * d_model * vocab_size, n_layer * d_model**2
+    embedding, square = 2 * d_model * 50257, n_layer * d_model**2
     return embedding + (4 + 9 * n_expert) * square, embedding + 13 * square
 
 
@@ -108,7 +115,7 @@ def law_size(d_model: Array, n_layer: Array, n_expert: Array, vocab_size: int = 
 # under both is min(unconstrained N, largest N that fits): no search over D is needed.
 
 
-def bisect(rising, low: Array, high: Array) -> Array:
+def root(rising, low: Array, high: Array) -> Array:
     """Root of a rising function between arrays low and high, elementwise; 90 halvings exhaust float64."""
     low, high = np.broadcast_arrays(np.asarray(low, float), np.asarray(high, float))
     for _ in range(90):
@@ -121,7 +128,7 @@ def bisect(rising, low: Array, high: Array) -> Array:
 def width(cubic: Array, size: Array, kv_tokens: float = 0) -> Array:
     """The real d_model at which 2 d V + (2 T d^2 + cubic d^3) / 64 = size: the paper's models have d/64 blocks."""
     count = lambda d: 2 * 50257 * d + (2 * kv_tokens * d**2 + cubic * d**3) / 64
-    return np.exp(bisect(lambda x: count(np.exp(x)) - size, 0 * np.asarray(size, float), np.log(size)))
+    return np.exp(root(lambda x: count(np.exp(x)) - size, 0, np.log(64 * np.asarray(size, float) / cubic) / 3))
 
 
 def unconstrained(law: Law, E: Array, flops: Array, inference_tokens: float = 0) -> Array:
@@ -136,7 +143,7 @@ def unconstrained(law: Law, E: Array, flops: Array, inference_tokens: float = 0)
         return (mu * m / (nu * n)) ** (1 / (mu + nu)) * (np.asarray(flops, float) / 6) ** (nu / (mu + nu))
     tokens = lambda x: np.maximum(flops / 6 * np.exp(-x) - inference_tokens / 3, 1e-300)
     ratio = lambda x: np.log(nu * n * flops / 6) - x - (nu + 1) * np.log(tokens(x)) - np.log(mu * m) + mu * x
-    return np.exp(bisect(ratio, 0 * m * flops, np.log(flops / (2 * inference_tokens))))
+    return np.exp(root(ratio, 0 * m * flops, np.log(flops / (2 * inference_tokens))))
 
 
 def optimum(law: Law, E: Array, flops: Array, memory: Array | None = None, kv_tokens: float = 0,
@@ -147,7 +154,7 @@ def optimum(law: Law, E: Array, flops: Array, memory: Array | None = None, kv_to
     """
     N, smallest = unconstrained(law, E, flops, inference_tokens), law_size(64, 1, 1)[1]
     if memory is not None:
-        d = width(4 + 9 * np.asarray(E), memory + 0.0 * np.asarray(E), kv_tokens)
+        d = width(4 + 9 * np.asarray(E), memory, kv_tokens)
         N = np.minimum(N, np.where(d >= 64, law_size(d, d / 64, E)[1], 0))
     D = np.asarray(flops, float) / (6 * np.maximum(N, smallest)) - inference_tokens / 3
     fits = (smallest <= N) & (D >= 1)
@@ -157,34 +164,24 @@ def optimum(law: Law, E: Array, flops: Array, memory: Array | None = None, kv_to
 
 def switches(law: Law, draws: Array, axis: str, values: Array, **budget) -> list[dict]:
     """Where the best E changes along `axis` ("memory" or "flops") and, from the draws (S, 11), the 90% range of it."""
-    along = lambda law: optimum(law, EXPERTS[:, None], **budget | {axis: values})[2]             # (..., E, G)
-    loss, replica, x, found = along(law), along(many(draws, 2)), np.log(values), []
-    best = np.where(np.isfinite(loss).any(0), loss.argmin(0), -1)
-    for i in np.flatnonzero((best[1:] != best[:-1]) & (best[:-1] >= 0)):
-        j, k = best[i:i + 2]
-        at = float(crossings(loss[None, j] - loss[None, k], x, x[i])[0])
-        moved = crossings(replica[:, j] - replica[:, k], x, at)
-        found.append({axis: math.exp(at), "from": int(EXPERTS[j]), "to": int(EXPERTS[k]),
-                      "interval": band(np.exp(moved)), "share_of_draws": len(moved) / len(draws)})
+    every = many(np.vstack([law, draws]), 2)                               # row 0 is the law itself
+    loss = np.minimum(optimum(every, EXPERTS[:, None], **budget | {axis: values})[2], 1e9)       # (1 + S, E, G)
+    best, known, x, found = loss[0].argmin(0), loss[0].min(0) < 1e9, np.log(values), []
+    for i in np.flatnonzero((best[1:] != best[:-1]) & known[:-1]):
+        gap = loss[:, best[i]] - loss[:, best[i + 1]]                           # rises through zero at the switch
+        far = np.where((gap[:, :-1] < 0) & (gap[:, 1:] >= 0), np.abs(np.arange(len(x) - 1) - i), np.inf)
+        row, near = np.flatnonzero(np.isfinite(far.min(1))), far.argmin(1)
+        near = near[row]                                                        # of several crossings the nearest to i
+        before, after = gap[row, near], gap[row, near + 1]
+        at, *moved = np.exp(x[near] + before / (before - after) * (x[near + 1] - x[near]))
+        found.append({axis: float(at), "from": int(EXPERTS[best[i]]), "to": int(EXPERTS[best[i + 1]]),
+                      "interval": band(moved), "share_of_draws": len(moved) / len(draws)})
     return found
-
-
-def crossings(gap: Array, x: Array, near: float) -> Array:
-    """Where each row of gap (S, G) rises through zero, nearest to `near`; rows that never do are left out."""
-    found = []
-    for row in gap:
-        with np.errstate(invalid="ignore"):
-            i = np.flatnonzero((row[:-1] <= 0) & (row[1:] > 0) & np.isfinite(row[:-1] + row[1:]))
-        roots = x[i] - row[i] * (x[i + 1] - x[i]) / (row[i + 1] - row[i])
-        found += [roots[np.abs(roots - near).argmin()]] if len(roots) else []
-    return np.array(found)
 
 
 def band(draws: Array) -> tuple[float, float]:
     """90% interval: the 5% and 95% quantiles of the draws."""
-    if not len(draws):
-        return math.nan, math.nan
-    return tuple(float(q) for q in np.quantile(draws, [0.05, 0.95], method="nearest"))
+    return tuple(np.quantile(draws, [0.05, 0.95], method="nearest").tolist()) if len(draws) else (math.nan, math.nan)
 
 
 def rule_of_thumb(law: Law, experts: Array, flops: Array) -> list[dict]:
@@ -193,7 +190,7 @@ def rule_of_thumb(law: Law, experts: Array, flops: Array) -> list[dict]:
     N, D, dense = optimum(law, 1, flops)
     rows = []
     for E in experts:
-        d = width(4 + 9 * E, law_size(width(13, N), width(13, N) / 64, 1)[0])
+        d = width(4 + 9 * E, N)                      # of a dense model, active parameters are all it has
         active = law_size(d, d / 64, E)[1]
         gain, cost = dense - law.loss(active, E * D, E), 6 * active * E * D / flops
         rows.append({"n_expert": int(E), "holds": float((gain > 0).mean()), "gain": (gain.min(), gain.max()),
@@ -214,9 +211,10 @@ def rule_of_thumb(law: Law, experts: Array, flops: Array) -> list[dict]:
 # Bootstrap, cross-validation and leave-one-out are the same call once more: a replica is a row of weights.
 
 NO_EXPERTS = {"delta": 0.0, "gamma": 0.0, "omega": 0.0, "zeta": 0.0}
+EHAT = {"e_start": Law().e_start, "e_max": Law().e_max}
 FORMS = {                            # name: the coefficients it pins; the others are free
     "joint": {},
-    "chinchilla": NO_EXPERTS | {"e_start": Law().e_start, "e_max": Law().e_max},           # one law for each E
+    "chinchilla": NO_EXPERTS | EHAT,                                                       # one law for each E
     "clark": {"b": 0.0, "beta": 0.0, "omega": 0.0, "zeta": 0.0, "c": 0.0},                 # Clark 2022: no D, no floor
     "no_interaction": {"gamma": 0.0, "zeta": 0.0},
     "expert_count": {"e_start": 1.0, "e_max": math.inf},                                   # Ê = E
@@ -264,7 +262,7 @@ class Surface:
 
     def centred(self, theta: Array) -> Array:
         """Coefficients (S, 11) -> p. ln 0 becomes -25, which is nothing beside a loss of order 1."""
-        p = np.array(theta, float)[:, :11]
+        p = np.array(theta, float)
         p[:, [0, 4, 8, 9]] = np.log(np.maximum(p[:, [0, 4, 8, 9]], 1e-11))
         p[:, 10] = 1 / p[:, 10]
         return self.shift(p, *self.centre)
@@ -327,22 +325,21 @@ class Surface:
         return p
 
 
-def huber(r: Array, delta: float) -> Array:
-    """r^2/2 up to |r| = delta, linear beyond."""
+def huber(r: Array, weight: Array, delta: float) -> Array:
+    """Sum over the runs of weight * (r^2/2 up to |r| = delta, linear beyond), (S,)."""
     size = np.abs(r)
-    return np.where(size <= delta, r * r / 2, delta * (size - delta / 2))
+    return (weight * np.where(size <= delta, r * r / 2, delta * (size - delta / 2))).sum(1)
 
 
 def levenberg_marquardt(surface: Surface, p: Array, target: Array, weight: Array, delta: float, free: Array,
                         steps: int, tol: float) -> tuple[Array, Array]:
-    """Minimise sum over runs of weight * Huber(ln L - target), from all S rows of p at once.
+    """Minimise huber(ln L - target) from all S rows of p at once. A row leaves the batch after three idle steps.
 
-    Args: p (S, 11); target, weight (S, R); free: indices that move. A row leaves the batch after three idle steps.
-    Returns: p (S, 11) and its cost (S,).
+    Args: p (S, 11); target, weight (S, R); free: indices that move. Returns: p (S, 11) and its cost (S,).
     """
     p, live = np.clip(p, *surface.bounds(p)), np.arange(len(p))
     value, parts = surface(p)
-    cost = (weight * huber(value - target, delta)).sum(1)
+    cost = huber(value - target, weight, delta)
     result, result_cost = p.copy(), cost.copy()
     damping, idle = np.full(len(p), 1e-2), np.zeros(len(p), int)
     for _ in range(steps):
@@ -360,7 +357,7 @@ def levenberg_marquardt(surface: Surface, p: Array, target: Array, weight: Array
         trial[:, free] -= np.clip(np.linalg.solve(H, slope[..., None])[..., 0], -2, 2)
         trial = np.clip(trial, *surface.bounds(trial))
         new_value, new_parts = surface(trial)
-        new = (weight * huber(new_value - target, delta)).sum(1)
+        new = huber(new_value - target, weight, delta)
         better = new < cost
         idle = np.where(cost - new > tol * cost, 0, idle + 1)
         damping *= np.where(better, 0.2, 4)
@@ -436,8 +433,8 @@ def fit(runs: Runs, form: str = "joint", pinned: dict | None = None, starts=rand
     p = starts(surface, base, free)
     if project:
         p = surface.project(p, runs.weight, free)
-    for width, steps in ((10, 60), (0.1, 30)):
-        p, cost = minimise(surface, p, surface.target, runs.weight, width, free, steps, 1e-7)
+    for wide, steps in ((10, 60), (0.1, 30)):
+        p, cost = minimise(surface, p, surface.target, runs.weight, wide, free, steps, 1e-7)
     if delta is None:
         residual = (surface(p[[cost.argmin()]])[0][0] - surface.target)[runs.weight > 0]
         delta = max(1.345 * 1.4826 * float(np.median(np.abs(residual))), 1e-4)
@@ -466,20 +463,22 @@ def bootstrap(fitted: Fit, runs: Runs, draws: int = 1000, seed: int = 0) -> Arra
 
 # --- 4. runs in, tables out -----------------------------------------------------------------------------------------
 
+COLUMNS = "n_active", "tokens", "n_expert", "loss"
+
 
 def read_table(path: Path) -> list[dict]:
     """Rows of a CSV, of one result.json, or of every result.json under a folder, each with its `source`."""
     if path.is_dir():
         found = sorted(path.rglob("result.json"))
-        if not found:
-            raise BadInput(f"{path} holds no result.json: train something first, or give a CSV")
+        require(found, f"{path} holds no result.json: train something first, or give a CSV")
         return [row for file in found for row in read_table(file)]
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             if path.suffix == ".json":
                 return [dict(json.load(file), source=str(path))]
-            return [dict(row, source=f"{path} line {i}") for i, row in enumerate(csv.DictReader(file), 2)]
-    except (OSError, ValueError, TypeError) as error:
+            table = csv.DictReader(file)
+            return [dict(row, source=f"{path} line {table.line_num}") for row in table]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
         raise BadInput(f"{path} cannot be read as a CSV or a result.json of train.py: {type(error).__name__}") from None
 
 
@@ -487,27 +486,23 @@ def column(rows: list[dict], name: str) -> Array:
     """One column as float64, or BadInput naming the row whose value is absent, not a number, or not positive."""
     values = []
     for row in rows:
-        text = row.get(name)
-        if text is None:
-            raise BadInput(f"{row['source']} has no {name}: a run needs n_active, tokens, n_expert and loss")
+        text, source = row.get(name), row["source"]
+        require(text is not None, f"{source} has no {name}: a run needs {', '.join(COLUMNS)}")
         try:
             values.append(float(text))
         except (TypeError, ValueError):
-            raise BadInput(f"{row['source']}: {name} = {text!r} is not a number") from None
-        if not 0 < values[-1] < math.inf:
-            raise BadInput(f"{row['source']}: {name} = {text} must be positive and finite")
+            raise BadInput(f"{source}: {name} = {text!r} is not a number") from None
+        require(0 < values[-1] < math.inf, f"{source}: {name} = {text} must be positive and finite")
     return np.array(values)
 
 
 def read_runs(sources: list[str], weights: str | None) -> tuple[Runs, list[dict]]:
     rows = [row for source in sources for row in read_table(Path(source))]
-    if not rows:
-        raise BadInput(f"{' '.join(sources)}: no runs in it")
-    N, D, E, L = (column(rows, name) for name in ("n_active", "tokens", "n_expert", "loss"))
-    for row, value in zip(rows, E):
-        if value % 1:
-            raise BadInput(f"{row['source']}: n_expert = {value:g} must be a whole number, 1 for a dense model")
-    return Runs(N, D, E, L, column(rows, weights) if weights else np.ones(len(rows))), rows
+    require(rows, f"{' '.join(sources)}: no runs in it")
+    runs = Runs(*(column(rows, name) for name in COLUMNS), column(rows, weights) if weights else np.ones(len(rows)))
+    for row, E in zip(rows, runs.E):
+        require(E % 1 == 0, f"{row['source']}: n_expert = {E:g} must be a whole number, 1 for a dense model")
+    return runs, rows
 
 
 def hold_out(runs: Runs, rule: str, rows: list[dict] | None = None) -> Runs:
@@ -518,36 +513,33 @@ def hold_out(runs: Runs, rule: str, rows: list[dict] | None = None) -> Runs:
         out = np.array([str(row.get(value) or "0").strip().lower() not in ("0", "0.0", "false") for row in rows])
     elif kind in ("loss", "compute") and value.isdigit():
         out[np.argsort(runs.L if kind == "loss" else -runs.N * runs.D, kind="stable")[:int(value)]] = True
-    if not out.any():
-        raise BadInput(f"--holdout {rule} holds out no run: use loss:30, compute:30, column:NAME or kfold:10")
+    require(out.any(), f"--holdout {rule} holds out no run: use loss:30, compute:30, column:NAME or kfold:10")
     return runs._replace(weight=np.where(out, 0.0, runs.weight))
 
 
 def paper_runs() -> Runs:
     """The paper's 270 runs (Appendix H), with the loss that its law gives them, free of noise."""
     rows = read_table(RUN_LIST)
-    N, D, E = (column(rows, name) for name in ("n_active", "tokens", "n_expert"))
+    N, D, E = (column(rows, name) for name in COLUMNS[:3])
     return Runs(N, D, E, Law().loss(N, D, E), np.ones(len(N)))
 
 
 def paper_draws(count: int = 300) -> Array:
     """Coefficients (count, 11) refitted to the paper's law plus its own RMSE as noise: what 270 such runs can know."""
     runs = paper_runs()
-    surface = Surface(runs)
-    noisy = np.log(runs.L + np.random.default_rng(0).normal(0, NOISE, (count, len(runs.L))))
-    start = np.repeat(surface.centred([Law()]), count, 0)
-    return surface.coefficients(minimise(surface, start, noisy, 1.0, 0.01, np.arange(11), tol=1e-8)[0])
+    noise = np.random.default_rng(0).normal(0, NOISE, (count, len(runs.L)))
+    return refit(fit(runs, delta=0.01), 1.0, np.log(runs.L + noise))
 
 
-def show(rows: list[dict]) -> None:
-    """Print rows under their keys; a pair is an interval. What is printed is what --json writes."""
+def show(title: str, rows: list[dict]) -> None:
+    """Print rows under their keys; a pair is an interval."""
     def cell(v):
-        if isinstance(v, (tuple, list)):
+        if isinstance(v, tuple):
             return "[" + ", ".join(map(cell, v)) + "]"
         return f"{v:.5g}" if isinstance(v, float) else str(v)
     table = [list(rows[0])] + [[cell(v) for v in row.values()] for row in rows]
     sizes = [max(map(len, cells)) for cells in zip(*table)]
-    print("\n".join("  ".join(c.rjust(n) for c, n in zip(line, sizes)) for line in table), end="\n\n")
+    print(title, *("  ".join(c.rjust(n) for c, n in zip(line, sizes)) for line in table), "", sep="\n")
 
 
 def clean(value, digits: int = 12):
@@ -566,6 +558,7 @@ def write(path: str | Path, text: str) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        require(not path.is_dir(), f"{path} is a folder: name a file in it")
         partial = path.with_name(path.name + ".partial")
         partial.write_text(text)
         partial.replace(path)
@@ -578,7 +571,7 @@ def write(path: str | Path, text: str) -> None:
 
 TABLE_3 = {                          # printed m, mu, n, nu
     1: (30.3640, 0.1817, 53.9838, 0.1965), 2: (27.7982, 0.1780, 66.8401, 0.2065), 4: (24.8462, 0.1731, 87.7022, 0.2192),
-    8: (21.8330, 0.1676, 119.9126, 0.2338), 16: (19.0159, 0.1616, 167.5073, 0.2494),
+    8: (21.8330, 0.1676, 119.9126, 0.2338), 16: (19.0159, 0.1617, 167.5073, 0.2494),
     32: (16.5424, 0.1557, 234.6726, 0.2652)}
 TABLE_1 = {                          # printed N and D at 1e20, 5e20 and 1e21 FLOPs, in units of 1e9
     1: ((1.7, 9.7), (4, 21), (5.7, 29.3)), 2: ((1.5, 11.4), (3.5, 24), (5, 33)), 4: ((1.2, 13.9), (3, 28), (4.4, 38)),
@@ -588,21 +581,19 @@ LAST_DIGIT = np.array([1e-2, 1e-4, 1e-4, 1e-4, 1e-2, 1e-4, 1e-4, 1e-4, 1e-4, 1e-
 
 def tables(args) -> dict:
     """The paper's Tables 1 and 3 recomputed beside the printed cells, its run list, and its errata."""
-    law = Law(offset=args.offset)
-    percent = lambda ours, theirs: round(100 * float(ours / theirs - 1), 2)
-    beside = lambda name, x, printed: {name: float(x), f"{name} printed": printed, f"% {name}": percent(x, printed)}
-    three = [{"E": E} | dict(item for cell in zip(("m", "mu", "n", "nu"), law.terms(E), printed)
-                             for item in beside(*cell).items()) for E, printed in TABLE_3.items()]
+    law = Law(e_start=args.e_start or Law().e_start)
+    beside = lambda name, x, printed: {name: float(x), f"{name} printed": printed,
+                                       f"% {name}": round(100 * float(x / printed - 1), 2)}
+    three = [{"E": E} | dict(item for cell in zip(TERMS, law.terms(E), printed) for item in beside(*cell).items())
+             for E, printed in TABLE_3.items()]
     one = [{"E": E, "flops": F} | beside("N", N, n * 1e9) | beside("D", D, d * 1e9) | {"loss": float(L)}
            for E, row in TABLE_1.items() for F, (n, d) in zip((1e20, 5e20, 1e21), row)
            for N, D, L in [optimum(law, E, F)]]
     result = {"table_3": three, "table_1": one, "runs": [check_run_list()], "errata": errata()}
-    print(f"Table 3, and its deviation from print: L = m N^-mu + n D^-nu + {law.c}, eq. 6 with offset {args.offset:g}")
-    show(three)
-    print("Table 1, the compute optimum, and its deviation from print")
-    show(one)
-    print("The run list, against both counting rules and d/64 blocks")
-    show(result["runs"])
+    show(f"Table 3, and its deviation from print: L = m N^-mu + n D^-nu + {law.c}, E_start = {law.e_start}",
+         three)
+    show("Table 1, the compute optimum, and its deviation from print", one)
+    show("The run list, against both counting rules and d/64 blocks", result["runs"])
     for i, erratum in enumerate(result["errata"], 1):
         print(f"{i}. {erratum['claim']}\n   {erratum['number']}")
     return result
@@ -621,18 +612,17 @@ def check_run_list() -> dict:
 
 def within_print(law: Law) -> int:
     """Cells of Table 3, of 24, that its own rounding and that of Table 2 allow."""
-    E, theta = np.array(list(TABLE_3)), np.array(law[:11])
-    nudged = np.array([many(theta + d * LAST_DIGIT / 2)._replace(offset=law.offset).terms(E)
-                       for d in (*np.eye(11), *-np.eye(11))])[:, :, 0]
-    centre, printed = np.array(law.terms(E)), np.array(list(TABLE_3.values())).T
-    reach = np.abs(nudged - centre).sum(0) / 2 + 5e-5
+    nudges = np.diag(LAST_DIGIT / 2)
+    nudged = many(np.concatenate([np.array(law) + nudges, np.array(law) - nudges]))
+    centre, printed = np.array(law.terms(EXPERTS)), np.array(list(TABLE_3.values())).T
+    reach = np.abs(np.array(nudged.terms(EXPERTS)) - centre[:, None]).sum(1) / 2 + 5e-5
     return int((np.abs(centre - printed) <= reach).sum())
 
 
 def errata() -> list[dict]:
     """What the paper prints and its own numbers contradict, each with the number that shows it."""
     law, E, runs, listed = Law(), EXPERTS, paper_runs(), check_run_list()
-    shifted, (m, mu, n, nu), (N, D, _) = law._replace(offset=0.01), law.terms(E), optimum(law, 1, 1e21)
+    shifted, (m, mu, n, nu), (N, D, _) = Law(e_start=2.083), law.terms(E), optimum(law, 1, 1e21)
     miss = lambda terms: 100 * np.abs(np.array(terms) / np.array(list(TABLE_3.values())).T - 1).max()
     printed = (law.a * law.ehat(E)**law.delta, law.alpha + law.gamma * np.log(E),
                law.b * law.ehat(E)**law.omega, law.beta + law.zeta * np.log(E))
@@ -641,16 +631,16 @@ def errata() -> list[dict]:
     overtakes = 6 * np.exp(-np.diff(np.log(mu * m / (nu * n)) / (mu + nu)) / np.diff(nu / (mu + nu)))
     rule = rule_of_thumb(law, EXPERTS[1:4], np.geomspace(1e19, 1e24, 51))
     gains, costs = ([v for row in rule for v in row[key]] for key in ("gain", "cost"))
-    rounding = np.array(law[:11]) + np.random.default_rng(0).uniform(-0.5, 0.5, (200, 11)) * LAST_DIGIT
+    rounding = np.array(law) + np.random.default_rng(0).uniform(-0.5, 0.5, (200, 11)) * LAST_DIGIT
     flops = np.geomspace(1e18, 1e26, 161)
     crossed = [s for memory in (2e9, 5e9, 10e9) for s in switches(law, rounding, "flops", flops, memory=memory)]
     widest = max(crossed, key=lambda s: s["interval"][1] / s["interval"][0])
     found = {
         "The joint law is printed with positive exponents and ln E. Negative ones and ln Ê throughout give Table 3.":
             f"as printed it misses Table 3 by up to {miss(printed):.0f}%, so turned by {miss((m, mu, n, nu)):.2f}%",
-        "Table 3 was not made from the printed E_start: it needs E - 1 + 0.01 in eq. 6.":
+        "Table 3 was not made from the printed E_start, 2.0732, but as if E - 1 were 0.01 more in eq. 6: from 2.083.":
             f"{within_print(law)} of 24 cells lie within the rounding of Tables 2 and 3, {within_print(shifted)} with "
-            f"the offset; the loss of the listed runs moves by at most {moved:.1e}",
+            f"2.083; the loss of the listed runs moves by at most {moved:.1e}",
         "The text counts over 280 experiments.":
             f"Appendix H lists {listed['runs']} runs of {listed['models']} models",
         "The text of Fig. 6 reads D/N < 1 as more tokens than parameters; it is the reverse.":
@@ -671,40 +661,30 @@ def errata() -> list[dict]:
 # --- 6. fitting your own runs, and how far to trust it --------------------------------------------------------------
 
 
-def knowable(runs: Runs, form: str, pinned: dict) -> tuple[dict, list[str]]:
-    """What such runs cannot tell: coefficients to pin besides `pinned`, and a line on them."""
-    used = runs.weight > 0
-    sizes, tokens, experts = (len(np.unique(field[used])) for field in runs[:3])
-    unknown = {1: NO_EXPERTS | {"e_start": Law().e_start, "e_max": Law().e_max},
-               2: {"e_start": Law().e_start, "e_max": Law().e_max}, 3: {"e_max": Law().e_max}}.get(experts, {})
-    extra = {k: v for k, v in unknown.items() if k not in FORMS[form] and k not in pinned}
-    notes = [f"{experts} value(s) of n_expert cannot tell {', '.join(extra)}: held at "
-             + ", ".join(f"{v:g}" for v in extra.values())] if extra else []
-    if sizes < 3:
-        raise BadInput(f"{sizes} value(s) of n_active cannot tell a and alpha from c: train at least 3 sizes")
-    if tokens < 3 and form != "clark":
-        raise BadInput(f"{tokens} value(s) of tokens cannot tell b, beta, omega and zeta from c: train at least 3 "
-                       "token counts, or use --form clark, which has no tokens in it")
-    count = len(NAMES) - len(FORMS[form] | pinned | extra)
-    if used.sum() <= count:
-        raise BadInput(f"{used.sum()} runs cannot fix the {count} parameters of form {form}: add runs, hold out fewer, "
-                       "or use a form with fewer (--form clark)")
-    return extra, notes
+def knowable(runs: Runs, form: str, pinned: dict, where: str = "") -> dict:
+    """Coefficients, besides `pinned`, that too few numbers of experts cannot tell: to be held at the paper's values."""
+    used = runs.take(runs.weight > 0)
+    sizes, tokens, experts = (len(np.unique(field)) for field in used[:3])
+    unknown = {1: NO_EXPERTS | EHAT, 2: EHAT, 3: {"e_max": Law().e_max}}.get(experts, {})
+    held = {k: v for k, v in unknown.items() if k not in FORMS[form] | pinned}
+    count = len(NAMES) - len(FORMS[form] | pinned | held)
+    require(sizes >= 3, f"{where}{sizes} value(s) of n_active cannot tell a and alpha from c: train at least 3 sizes")
+    require(tokens >= 3 or form == "clark",
+            f"{where}{tokens} value(s) of tokens cannot tell b, beta, omega and zeta from c: train at least 3 token "
+            "counts, or use --form clark, which has no tokens in it")
+    require(len(used.L) > count, f"{where}{len(used.L)} runs cannot fix the {count} parameters of form {form}: add "
+                                 "runs, hold out fewer, or use a form with fewer (--form clark)")
+    return held
 
 
-def fit_form(runs: Runs, form: str, pinned: dict, **options) -> tuple[list[tuple], list[str]]:
-    """[(mask of its runs, Fit)] and notes: one part for all runs, or for "chinchilla" one for each E."""
-    pinned = {k: v for k, v in pinned.items() if k not in FORMS[form]}
-    parts, notes = [], []
+def fit_form(runs: Runs, form: str, pinned: dict, **options) -> tuple[list[tuple], dict]:
+    """[(mask of its runs, Fit)], one part for all runs or for "chinchilla" one for each E; and what was held."""
+    pinned, parts, held = {k: v for k, v in pinned.items() if k not in FORMS[form]}, [], {}
     for E in np.unique(runs.E) if form == "chinchilla" else [None]:
         mask = runs.E == E if E else np.ones(len(runs.E), bool)
-        try:
-            extra, lines = knowable(runs.take(mask), form, pinned)
-        except BadInput as error:
-            raise BadInput(f"E = {E:g}: {error}" if E else str(error)) from None
-        parts.append((mask, fit(runs.take(mask), form, pinned | extra, **options)))
-        notes += lines
-    return parts, notes
+        held |= knowable(runs.take(mask), form, pinned, f"E = {E:g}: " if E else "")
+        parts.append((mask, fit(runs.take(mask), form, pinned | held, **options)))
+    return parts, held
 
 
 def predict(parts: list[tuple], runs: Runs, weight: Array | None = None) -> Array:
@@ -749,61 +729,63 @@ def compare_forms(runs: Runs, pinned: dict, delta: float, folds: int) -> list[di
 
 
 def per_expert(parts: list[tuple], draws: list[Array], runs: Runs) -> dict:
-    """{E: m, mu, n, nu, c and their 90% intervals}: what can be known of the law, whatever its coefficients do."""
-    rows, keys = {}, ("m", "mu", "n", "nu", "c")
+    """{E: {m, mu, n, nu, c: (value, 90% interval)}}: what can be known, whatever single coefficients do."""
+    rows = {}
     for (mask, fitted), theta in zip(parts, draws):
+        law, replica = fitted.law, many(theta)
         for E in np.unique(runs.E[mask]):
-            value, replica = (*fitted.law.terms(E), fitted.law.c), many(theta)
-            spread = (*replica.terms(E), replica.c)
-            rows[f"{E:g}"] = {k: float(v) for k, v in zip(keys, value)} | {
-                "interval": {k: band(v[:, 0]) for k, v in zip(keys, spread)}}
+            values, spread = (*law.terms(E), law.c), (*replica.terms(E), replica.c)
+            rows[f"{E:g}"] = {k: (float(v), band(s[:, 0])) for k, v, s in zip((*TERMS, "c"), values, spread)}
     return rows
 
 
 def fit_verb(args) -> dict:
     """Fit runs and say how far to trust the result."""
-    runs, rows = read_runs(args.sources, args.weights)
+    low, high, top = args.e_start or 0.05, args.e_start or 50, args.e_max or math.inf      # the box of the search
+    require(low >= 0.05 and high <= min(50, 0.95 * top) and top >= 2,
+            "--e_start must lie from 0.05 to 50 and 6% below --e_max; --e_max from 2, from 53 when E_start is free")
+    pinned, (runs, rows) = {k: v for k in EHAT if (v := getattr(args, k))}, read_runs(args.sources, args.weights)
     folds = min(int(args.holdout[6:]), len(rows)) if re.fullmatch(r"kfold:([2-9]|[1-9]\d+)", args.holdout) else 0
     runs = runs if folds else hold_out(runs, args.holdout, rows)
-    pinned = {k: v for k in ("e_start", "e_max") if (v := getattr(args, k))}
-    if pinned.get("e_start", 0) >= pinned.get("e_max", math.inf):
-        raise BadInput("--e_start must be below --e_max")
     grid = {"starts": paper_starts, "project": False} if args.init == "paper_grid" else {}
-    parts, notes = fit_form(runs, args.form, pinned, delta=args.huber, **grid)
-    for note in notes:
-        print("note:", note)
+    parts, held = fit_form(runs, args.form, pinned, delta=args.huber, **grid)
+    if held:
+        print(f"note: such runs cannot tell {', '.join(held)}: held at", *(f"{v:g}" for v in held.values()))
     draws = [bootstrap(f, runs.take(mask), args.bootstrap) for mask, f in parts]
-    predicted, (_, first) = predict(parts, runs), parts[0]
+    known, predicted, first = per_expert(parts, draws, runs), predict(parts, runs), parts[0][1]
     pull = predict(parts, runs, 1 - np.eye(len(runs.L))) - predicted
-    table = [{"n_active": N, "tokens": D, "n_expert": E, "loss": L, "predicted": p, "pull": rmse(moved),
-              "source": row["source"]} for N, D, E, L, p, moved, row in zip(*runs[:4], predicted, pull, rows)]
-    result = {"form": args.form, "starts": sum(f.starts for _, f in parts), "notes": notes,
-              "starts_agree": float(np.mean([f.agree for _, f in parts])), "huber": first.delta,
+    table = [dict(zip(COLUMNS, run)) | {"predicted": p, "pull": rmse(moved), "source": row["source"]}
+             for run, p, moved, row in zip(zip(*runs[:4]), predicted, pull, rows)]
+    result = {"form": args.form, "per_expert": {E: {k: row[k][0] for k in TERMS} for E, row in known.items()},
+              "c": first.law.c if len(parts) == 1 else {E: row["c"][0] for E, row in known.items()},
               "rmse_train": rmse((predicted - runs.L)[runs.weight > 0]),
-              "rmse_holdout": held_out_rmse(parts, runs, folds),
-              "per_expert": per_expert(parts, draws, runs), "c": first.law.c if len(parts) == 1 else None,
-              "forms": compare_forms(runs, pinned, first.delta, folds), "runs": table}
-    print("form {form}: {starts_agree:.0%} of {starts} starts reach the optimum; Huber width {huber:.4g}\nRMSE train "
-          "{rmse_train:.5f}, held-out {rmse_holdout:.5f} nats".format(**result), f"({args.holdout})")
-    print(f"\nThe law at each E, with 90% intervals from {args.bootstrap} bootstrap refits")
-    show([{"E": E} | {k: f"{row[k]:.4g} [{low:.4g}, {high:.4g}]" for k, (low, high) in row["interval"].items()}
-          for E, row in result["per_expert"].items()])
-    if len(parts) == 1:
+              "rmse_holdout": held_out_rmse(parts, runs, folds), "runs": table,
+              "intervals": {E: {k: interval for k, (_, interval) in row.items()} for E, row in known.items()},
+              "starts_agree": float(np.mean([f.agree for _, f in parts])),
+              "forms": compare_forms(runs, pinned, first.delta, folds)}
+    print("form {form}: {starts_agree:.0%} of {0} starts reach the optimum; Huber width {1:.4g}\nRMSE train "
+          "{rmse_train:.5f}, held-out {rmse_holdout:.5f} nats ({2})\n".format(
+              sum(f.starts for _, f in parts), first.delta, args.holdout, **result))
+    show(f"The law at each E, with 90% intervals from {args.bootstrap} bootstrap refits",
+         [{"E": E} | {k: f"{value:.4g} [{low:.4g}, {high:.4g}]" for k, (value, (low, high)) in row.items()}
+          for E, row in known.items()])
+    if len(parts) == 1:                                # several laws have no coefficients in common to save
         result |= {"law": first.law._asdict(), "draws": draws[0]}
-        show([{"coefficient": name, "value": float(first.law[i]), "90%": band(draws[0][:, i]),
-               "": verdict(first, draws[0], i)} for i, name in enumerate(NAMES)])
-    print("The forms side by side; AIC from the best")
-    show(result["forms"])
-    print("The runs that pull hardest: RMS change of all predictions when one is left out")
-    show(sorted(table, key=lambda row: -row["pull"])[:5])
+        spread = [band(draws[0][:, i]) for i in range(len(NAMES))]
+        verdict = ["held fixed" if i not in first.free else "" if high - low < 2 * abs(first.law[i]) else
+                   "NOT IDENTIFIED" for i, (low, high) in enumerate(spread)]
+        show("Its coefficients; not identified where the interval is wider than twice the value",
+             [dict(zip(("coefficient", "value", "90%", ""), row)) for row in zip(NAMES, first.law, spread, verdict)])
+    show("The forms side by side; AIC from the best", result["forms"])
+    show("The runs that pull hardest: RMS change of all predictions when one is left out",
+         sorted(table, key=lambda row: -row["pull"])[:5])
     return result
 
 
-def verdict(fitted: Fit, draws: Array, i: int) -> str:
-    """Is coefficient i identified? Not when its 90% interval is wider than twice its size."""
-    low, high = band(draws[:, i])
-    wide = not high - low < 2 * abs(fitted.law[i])
-    return "held fixed" if i not in fitted.free else "NOT IDENTIFIED" if wide else ""
+def with_noise(runs: Runs, seed: int, noise: float = 0.006, outliers: float = 0.0) -> Runs:
+    """The same runs with normal noise on their losses, and a share of outliers 0.05 nats worse."""
+    rng, n = np.random.default_rng(seed), len(runs.L)
+    return runs._replace(L=runs.L + rng.normal(0, noise, n) + 0.05 * (rng.random(n) < outliers))
 
 
 def simulate(args) -> dict:
@@ -811,76 +793,65 @@ def simulate(args) -> dict:
     truth, law, rows = hold_out(paper_runs(), "loss:30"), Law(), []
     held = truth.weight == 0
     for seed in range(args.draws):
-        rng = np.random.default_rng(seed)
-        noise = rng.normal(0, args.noise, len(held)) + 0.05 * (rng.random(len(held)) < args.outliers)
-        runs = truth._replace(L=truth.L + noise)
+        runs = with_noise(truth, seed, outliers=args.outliers)
         fitted = fit(runs)
-        error, theta = fitted.law.loss(*truth[:3]) - truth.L, bootstrap(fitted, runs, 200, seed)
-        replica = many(theta)
-        pairs = dict(zip(("m", "mu", "n", "nu"), zip(replica.terms(EXPERTS), law.terms(EXPERTS))))
-        pairs |= {"c": (replica.c, law.c), "prediction": (replica.loss(*truth.take(held)[:3]), truth.L[held])}
-        inside = lambda s, true: np.mean((np.quantile(s, 0.05, 0) <= true) & (true <= np.quantile(s, 0.95, 0)))
-        rows.append({"rmse_train": rmse(error[~held]), "rmse_holdout": rmse(error[held]), "starts_agree": fitted.agree}
-                    | {f"cover_{k}": float(inside(*pair)) for k, pair in pairs.items()}
-                    | {"law": [float(v) for v in fitted.law[:11]]})
+        error, replica = fitted.law.loss(*truth[:3]) - truth.L, many(bootstrap(fitted, runs, 200, seed))
+        row = {"rmse_train": rmse(error[~held]), "rmse_holdout": rmse(error[held]), "starts_agree": fitted.agree}
+        for name, draws, true in zip((*TERMS, "c", "prediction"),
+                                     (*replica.terms(EXPERTS), replica.c, replica.loss(*truth.take(held)[:3])),
+                                     (*law.terms(EXPERTS), law.c, truth.L[held])):
+            low, high = np.quantile(draws, [0.05, 0.95], axis=0)
+            row[f"cover_{name}"] = float(np.mean((low <= true) & (true <= high)))
+        rows.append(row | {"law": fitted.law})
     mean = {k: float(np.mean([row[k] for row in rows])) for k in rows[0] if k != "law"}
     mean["cover"] = float(np.mean([v for k, v in mean.items() if k.startswith("cover_")]))
-    fitted = np.array([row["law"] for row in rows])
-    spread = [{"coefficient": name, "truth": law[i], "90% of fits": band(fitted[:, i])} for i, name in enumerate(NAMES)]
-    print(f"{args.draws} draws, noise {args.noise:g} nats, {100 * args.outliers:g}% outliers of +0.05; "
-          "RMSE against the noiseless truth; coverage of 90% intervals")
-    show([{"": k, "mean": v} for k, v in mean.items()])
-    print("Single coefficients are recovered poorly, E_max not at all; the predictions above do not need them")
-    show(spread)
+    spread = [{"coefficient": name, "truth": law[i], "90% of fits": band(np.array([row["law"][i] for row in rows]))}
+              for i, name in enumerate(NAMES)]
+    show(f"{args.draws} draws, noise 0.006 nats, {100 * args.outliers:g}% outliers of +0.05; RMSE against the noiseless"
+         " truth; coverage of 90% intervals", [{"": k, "mean": v} for k, v in mean.items()])
+    show("Single coefficients are recovered poorly, E_max not at all; the predictions above do not need them", spread)
     return {"command": args.command, "mean": mean, "coefficients": spread, "draws": rows}
 
 
 def speed(args) -> dict:
     """Seconds for the fit and its refits, how often it finds the global optimum, and a loop of torch's L-BFGS."""
-    truth, seconds = paper_runs(), {}
-    noisy = lambda seed: truth._replace(L=truth.L + np.random.default_rng(seed).normal(0, 0.006, len(truth.L)))
-    runs = noisy(0)
-
-    def timed(name, work):
+    draws, seconds, done, sample = [with_noise(paper_runs(), seed) for seed in range(60)], {}, {}, 12
+    runs, found = draws[0], 0
+    fitted = fit(runs)                                                           # and everything is warm
+    for name, work in {
+            "default_fit": lambda: fit(runs),
+            "bootstrap_1000": lambda: bootstrap(fitted, runs),
+            "cross_validation_10_folds": lambda: held_out_rmse([(runs.L > 0, fitted)], runs, 10),
+            "paper_grid_729_projected": lambda: fit(runs, starts=lambda *a: paper_starts(*a, scales=False)),
+            "paper_grid_19683": lambda: fit(runs, starts=paper_starts, project=False),
+            "law_at_a_million_points": lambda: Law().loss(np.geomspace(1e6, 1e12, 10**6), 1e12, 8),
+            "torch_lbfgs": lambda: lbfgs(runs, fitted, sample)}.items():
         start = time.perf_counter()
-        value = work()
+        done[name] = work()
         seconds[name] = time.perf_counter() - start
-        return value
-
-    timed("warm_up", lambda: fit(runs))
-    fitted = timed("default_fit", lambda: fit(runs))
-    timed("bootstrap_1000", lambda: bootstrap(fitted, runs))
-    timed("cross_validation_10_folds", lambda: held_out_rmse([(runs.L > 0, fitted)], runs, 10))
-    few = timed("paper_grid_729_projected", lambda: fit(runs, starts=lambda *a: paper_starts(*a, scales=False)))
-    whole = timed("paper_grid_19683", lambda: fit(runs, starts=paper_starts, project=False))
-    timed("law_at_a_million_points", lambda: Law().loss(np.geomspace(1e6, 1e12, 10**6), 1e12, 8))
-    found = 0
-    for seed in range(60):
-        runs60 = noisy(seed)
-        usual = fit(runs60)
-        wide = fit(runs60, starts=lambda *a: random_starts(*a, count=200), delta=usual.delta)
+    for some in draws:
+        usual = fit(some)
+        wide = fit(some, starts=lambda *a: random_starts(*a, count=200), delta=usual.delta)
         found += usual.cost <= wide.cost * (1 + 1e-6)
-    each, arrived = lbfgs(runs, fitted, args.sample)
-    result = {"seconds": seconds, "global_optimum": f"{found} of 60 draws, against 200 starts",
-              "starts_agree": {"default": fitted.agree, "729 projected": few.agree, "19683": whole.agree},
-              "torch_lbfgs": {"seconds_a_start": each, "sample": args.sample, "arrived": arrived,
+    each = seconds.pop("torch_lbfgs") / sample
+    agree = {name: done[name].agree for name in ("default_fit", "paper_grid_729_projected", "paper_grid_19683")}
+    result = {"seconds": seconds, "global_optimum": f"{found} of 60 draws, against 200 starts", "starts_agree": agree,
+              "torch_lbfgs": {"seconds_a_start": each, "sample": sample, "arrived": done["torch_lbfgs"],
                               "times_slower_than_our_19683": each * 19683 / seconds["paper_grid_19683"],
                               "times_slower_than_our_default": each * 19683 / seconds["default_fit"]},
-              "command": "python scaling.py speed", "cores": os.cpu_count(), "machine": platform.machine(),
+              "command": args.command, "cores": os.cpu_count(), "machine": platform.machine(),
               "python": platform.python_version(), "numpy": np.__version__}
     print(json.dumps(clean(result, 4), indent=1))
     return result
 
 
-def lbfgs(runs: Runs, fitted: Fit, sample: int) -> tuple[float, int]:
-    """torch.optim.LBFGS from a sample of the paper's starts, one by one, uncentred: seconds a start, arrivals."""
+def lbfgs(runs: Runs, fitted: Fit, sample: int) -> int:
+    """torch.optim.LBFGS from a sample of the paper's starts, one by one, uncentred; how many reach the optimum."""
     import torch
     x, y, E, L = (torch.tensor(v) for v in (np.log(runs.N), np.log(runs.D), runs.E, np.log(runs.L)))
-    loss, arrived = torch.nn.HuberLoss(reduction="sum", delta=fitted.delta), 0
-    surface = fitted.surface
-    raw = surface.shift(paper_starts(surface, Law(), np.arange(11)), *(-v for v in surface.centre))
-    begin = time.perf_counter()
-    for row in raw[np.random.default_rng(0).choice(len(raw), sample, replace=False)]:
+    loss, surface, arrived = torch.nn.HuberLoss(reduction="sum", delta=fitted.delta), fitted.surface, 0
+    starts = surface.shift(paper_starts(surface, Law(), np.arange(11)), *(-v for v in surface.centre))
+    for row in np.random.default_rng(0).choice(starts, sample, replace=False):
         p = torch.tensor(row, requires_grad=True)
         optimizer = torch.optim.LBFGS([p], max_iter=1000, line_search_fn="strong_wolfe")
 
@@ -894,7 +865,7 @@ def lbfgs(runs: Runs, fitted: Fit, sample: int) -> tuple[float, int]:
 
         optimizer.step(closure)
         arrived += closure().item() <= fitted.cost * (1 + 1e-6)
-    return (time.perf_counter() - begin) / sample, arrived
+    return arrived
 
 
 # --- 7. from the law to a model to train ----------------------------------------------------------------------------
@@ -908,51 +879,53 @@ GPUS = {                             # dense peak FLOP/s in bf16 and fp32, bytes
 RAMP = [(0, 65_536), (500_000_000, 131_072), (1_000_000_000, 262_144)]     # the paper's: (from token, tokens a step)
 
 
-def chosen_law(path: str | None) -> tuple[Law, Array]:
-    """The paper's law, or one that `fit --json` wrote, and draws of it (S, 11)."""
+def chosen_law(path: str | None) -> tuple[Law, Array, Runs]:
+    """The paper's law, or one that `fit --json` wrote; draws of it (S, 11); and the runs it was fitted to."""
     if path is None:
-        return Law(), paper_draws()
+        return Law(), paper_draws(), paper_runs()
     try:
         saved = json.loads(Path(path).read_text())
-        law = Law(**{k: math.inf if v is None else v for k, v in saved["law"].items()})
-        return law, np.nan_to_num(np.array(saved["draws"], float), nan=math.inf)
+        law = Law(**{k: float("inf" if v is None else v) for k, v in saved["law"].items()})
+        draws = np.nan_to_num(np.array(saved["draws"], float), nan=math.inf).reshape(-1, len(NAMES))
+        runs = Runs(*(column(saved["runs"], name) for name in COLUMNS), np.ones(len(saved["runs"])))
+        require(law.b > 0, f"{path} is a law without tokens (--form clark): it has no optimum")
+        return law, draws, runs
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{path} holds no law: write one with python scaling.py fit RUNS.csv --json {path}") from None
 
 
 def optimum_verb(args) -> dict:
     """The best model for each number of experts under the budgets, and where the best number changes."""
-    (law, draws), (unit, memory) = chosen_law(args.law), args.memory or ("", None)
+    (law, draws, _), (unit, memory) = chosen_law(args.law), args.memory or ("", None)
     budget = {"flops": args.flops, "memory": memory / BYTES[args.dtype] if unit == "bytes" else memory,
               "kv_tokens": args.kv_tokens, "inference_tokens": args.inference_tokens}
     N, D, L = optimum(law, EXPERTS, **budget)
-    if not np.isfinite(L).any():
-        raise BadInput(f"no model meets these budgets, the smallest has {law_size(64, 1, 1)[0]:,} parameters: raise "
+    d, replica, fits = width(13, N), optimum(many(draws), EXPERTS, **budget)[2], np.flatnonzero(np.isfinite(L))
+    require(len(fits), f"no model meets these budgets, the smallest has {law_size(64, 1, 1)[0]:,} parameters: raise "
                        "--flops or --memory, or lower --kv_tokens or --inference_tokens")
-    replica = optimum(many(draws), EXPERTS, **budget)[2]
-    d = width(13, N)
-    rows = [{"n_expert": int(E), "n_active": float(N[i]), "n_total": float(law_size(d[i], d[i] / 64, E)[0]),
-             "tokens": float(D[i]), "loss": float(L[i]), "interval": band(replica[:, i]),
-             "chance_best": float((replica.argmin(1) == i).mean())}
-            for i, E in enumerate(EXPERTS) if np.isfinite(L[i])]
-    result = {"budget": budget, "rows": rows, "best": int(EXPERTS[L.argmin()])}
-    show(rows)
-    print(f"best: E = {result['best']}\n")
+    total = law_size(d, d / 64, EXPERTS)[0]
+    rows = [{"n_expert": int(EXPERTS[i]), "n_active": float(N[i]), "n_total": float(total[i]), "tokens": float(D[i]),
+             "loss": float(L[i])} for i in fits]
+    result = {"rows": rows, "best": int(EXPERTS[L.argmin()])}
+    show(f"The best is E = {result['best']}; 90% intervals, and the share of the draws in which an E is the best",
+         [row | {"90%": band(replica[:, i]), "best in": f"{(replica.argmin(1) == i).mean():.1%}"}
+          for row, i in zip(rows, fits)])
     if args.switches:
         values = np.geomspace(1e8, 1e12, 401) if args.switches == "memory" else np.geomspace(1e18, 1e26, 401)
         del budget[args.switches]
         found = result["switches"] = switches(law, draws, args.switches, values, **budget)
-        show(found) if found else print(f"the best E does not change along {args.switches}")
+        show(f"Where the best E changes along {args.switches}", found or [{"": "nowhere"}])
     if args.rule_of_thumb:
         result["rule_of_thumb"] = rule_of_thumb(law, EXPERTS[1:], np.geomspace(1e19, 1e24, 51))
-        print("E times the tokens at equal memory, dense optima of 1e19 to 1e24 FLOPs: gain in nats, times the FLOPs")
-        show(result["rule_of_thumb"])
+        show("E times the tokens at equal memory, dense optima of 1e19 to 1e24 FLOPs: gain in nats, times the FLOPs",
+             result["rule_of_thumb"])
     return result
 
 
 def model_config(d: int, E: int):
     """The paper's model in model.py's words: d/64 blocks and heads, experts of width 3d, top-1 by softmax (Switch).
 
+    The gate's probability weights its one expert as it is: renormalised to 1 it would get no gradient from the loss.
     512 tokens of context, as in the authors' public configs: the law's loss is at that length.
     """
     from model import ModelConfig
@@ -961,80 +934,76 @@ def model_config(d: int, E: int):
                        tie_embeddings=False, renormalize=False, aux_coef=0.01, z_coef=0.001)
 
 
-def largest_trainable(E: int, limit: float, dtype: str) -> int:
-    """The widest d_model, a multiple of 64, that trains one sequence at a time within `limit` bytes; 0 if none does."""
-    from model import memory
-    low, high = 0, 257
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = memory(model_config(64 * middle, int(E)), 1, dtype)["total"] <= limit
-        low, high = (middle, high) if fits else (low, middle)
-    return 64 * low
-
-
 def candidates(args, law: Law, draws: Array, limit: float, dtype: str) -> list[dict]:
     """The best shape for each E: all shapes of the paper's rule are tried, so the answer is exact in whole numbers."""
-    d, E = (v.ravel() for v in np.meshgrid(64 * np.arange(1, 257), EXPERTS))
-    total, active = law_size(d, d // 64, E)
-    deployed = (total + 2 * args.context * d**2 / 64) * BYTES[args.dtype]
-    tokens = args.flops / (6 * active) - args.inference_tokens / 3
-    widest = {e: largest_trainable(e, limit, dtype) for e in EXPERTS}
-    fits = (deployed <= limit) & (tokens >= RAMP[0][1]) & (d <= [widest[e] for e in E])
-    if not fits.any():
-        raise BadInput(f"no model meets {args.flops:.3g} FLOPs with {limit / 1e9:.3g} GB for a training step and for "
-                       f"{args.context:g} tokens of context: raise --flops or --memory, or lower --context or "
-                       "--inference_tokens")
-    d, E, total, active, tokens, deployed = (v[fits] for v in (d, E, total, active, tokens, deployed))
-    loss, replica = law.loss(active, tokens, E), many(draws).loss(active, tokens, E)
-    winner = E[replica.argmin(1)]
-    best = [np.flatnonzero(e == E)[loss[e == E].argmin()] for e in np.unique(E)]
-    return [{"n_expert": int(E[i]), "d_model": int(d[i]), "n_layer": int(d[i] // 64), "n_active": int(active[i]),
-             "n_total": int(total[i]), "tokens": float(tokens[i]), "loss": float(loss[i]),
-             "interval": band(replica[:, i]), "deployed_bytes": int(deployed[i]),
-             "chance_best": float((winner == E[i]).mean())} for i in best]
+    from model import memory
+    d, rows, least = 64 * np.arange(1, 257), [], []
+    for E in EXPERTS.tolist():
+        total, active = law_size(d, d // 64, E)
+        deployed = (total + 2 * args.context * d**2 / 64) * BYTES[args.dtype]
+        tokens = args.flops / (6 * active) - args.inference_tokens / 3
+        trains = bisect_right(d, limit, key=lambda d, E=E: memory(model_config(int(d), E), 1, dtype)["total"])
+        fits = np.flatnonzero((deployed <= limit) & (tokens >= RAMP[0][1]) & (d <= 64 * trains))
+        if not len(fits):
+            continue
+        loss, replica = (some.loss(active[fits], tokens[fits], E) for some in (law, many(draws)))
+        best = loss.argmin()
+        i = fits[best]
+        rows.append({"n_expert": E, "d_model": int(d[i]), "n_layer": int(d[i] // 64), "n_active": int(active[i]),
+                     "n_total": int(total[i]), "tokens": float(tokens[i]), "loss": float(loss[best]),
+                     "interval": band(replica[:, best]), "deployed_bytes": int(deployed[i])})
+        least.append(replica.min(1))                             # what this E reaches in each draw
+    require(rows, f"no model meets {args.flops:.3g} FLOPs with {limit / 1e9:.3g} GB for a training step and for "
+                  f"{args.context:g} tokens of context: raise --flops or --memory, or lower --context or "
+                  "--inference_tokens")
+    winner = np.argmin(least, axis=0)
+    return [row | {"chance_best": float((winner == k).mean())} for k, row in enumerate(rows)]
+
+
+def ramp_steps(tokens: float) -> int:
+    """Steps until `tokens` are reached; a stage of the ramp ends with the step that reaches the next one's start."""
+    steps = seen = 0
+    for (_, batch), (end, _) in zip(RAMP, [*RAMP[1:], (math.inf, 0)]):
+        more = max(0, math.ceil((min(tokens, end) - seen) / batch))
+        steps, seen = steps + more, seen + more * batch
+    return steps
 
 
 def plan(args) -> dict:
     """A model to train: shape, tokens, steps, learning rate, memory, days and expected loss.
 
-    It has to fit one GPU twice: training, since train.py keeps a whole copy on each, and serving --context tokens.
+    It has to fit one GPU twice: training, with a whole copy on each, and serving --context tokens.
     """
     from model import count, memory
-    law, draws = chosen_law(args.law)
-    if args.memory and args.memory[0] != "bytes":
-        raise BadInput("plan --memory is that of one GPU: give it a unit of bytes, such as 80GB or 80GiB")
-    if not args.mfu:
-        raise BadInput("--mfu 0 never finishes: give the share of the peak that you expect, such as 0.35")
-    if args.write and not args.write.endswith(".py"):
-        raise BadInput(f"--write {args.write}: a config is a Python file, such as configs/planned.py")
+    law, draws, runs = chosen_law(args.law)
+    require(not args.memory or args.memory[0] == "bytes",
+            "plan --memory is that of one GPU: give it a unit of bytes, such as 80GB or 80GiB")
+    require(not args.write or args.write.endswith(".py"),
+            f"--write {args.write}: a config is a Python file, such as configs/planned.py")
     *peaks, card = GPUS[args.gpu]
     limit, dtype = args.memory[1] if args.memory else card, {"bf16": "bfloat16", "fp32": "float32"}[args.dtype]
     rows = candidates(args, law, draws, limit, dtype)
     best = min(rows, key=lambda row: row["loss"])
     E, N, D = best["n_expert"], best["n_active"], best["tokens"]
-    config = model_config(best["d_model"], E)
+    config, body, flops = model_config(best["d_model"], E), N - 2 * best["d_model"] * 50257, 6 * N * D
     most = RAMP[0][1] // (config.seq_len * args.gpus)           # sequences of the first and smallest batch on each GPU
     micro = max(m for m in (1, 2, 4, 8, 16, 32, 64, 128)
                 if m == 1 or (m <= most and memory(config, m, dtype)["total"] <= limit))
-    ends, body = [start for start, _ in RAMP[1:]] + [math.inf], N - 2 * best["d_model"] * 50257
-    runs, flops = paper_runs(), 6 * N * D
-    same = runs.E == E
+    tried = lambda values: float((values * (runs.E == E)).max()) or math.nan         # nan: no run has this E
     result = best | {
         "n_active_without_embeddings": body, "n_total_with_router_and_norms": count(config)["total_untied"],
-        "steps": sum(max(0, math.ceil((min(D, end) - start) / batch)) for (start, batch), end in zip(RAMP, ends)),
-        "batch_ramp": RAMP, "micro_batch": micro,
+        "steps": ramp_steps(D), "batch_ramp": RAMP, "micro_batch": micro,
         "learning_rate": math.exp(8.39 - 0.81 * math.log(body) - 0.25 * math.log(E)),              # eq. 7 by the text
         "learning_rate_authors_code": math.exp(8.391640956 - 0.8121798245 * math.log(N) - 0.25 * math.log(E)),
-        "training_bytes": memory(config, micro, dtype),
-        "gpus": f"{args.gpus} x {args.gpu}", "assumed_mfu": args.mfu,
+        "training_bytes": memory(config, micro, dtype), "gpus": f"{args.gpus} x {args.gpu}", "assumed_mfu": args.mfu,
         "days": flops / (args.gpus * peaks[args.dtype == "fp32"] * args.mfu) / 86400,
-        "beyond_the_runs": {"N": N / runs.N[same].max(), "D": D / runs.D[same].max(),     # times the largest at this E
-                            "flops": flops / (6 * runs.N * runs.D).max()}}               # times the largest run of all
-    show(rows)
+        "beyond_the_runs": {"N": N / tried(runs.N), "D": D / tried(runs.D),         # times the largest run at this E
+                            "flops": flops / float((6 * runs.N * runs.D).max())}}   # times the largest run of all
+    show("The best shape for each number of experts", rows)
     for key, value in clean(result, 5).items():
         print(f"{key:30} {value}")
     print(f"The interval is that of the law: a run scatters by {NOISE} nats more, and no interval knows of a law that "
-          "bends beyond its runs.")
+          "bends beyond its runs.\ntrain.py runs on one GPU: more of them cut the days only if you split its batches.")
     if args.write:
         write_config(args.write, result, config, dtype, args.command)
     return result | {"rows": rows}
@@ -1058,20 +1027,29 @@ def write_config(path: str, best: dict, config, dtype: str, command: str) -> Non
 # --- 8. the figures -------------------------------------------------------------------------------------------------
 # Each shows from the law alone what a figure of the paper shows; its data lie beside it as JSON. Bands are 90%.
 
+LABEL = {E: "dense" if E == 1 else f"E = {E}" for E in EXPERTS.tolist()}
+COLOUR = dict(zip(LABEL, ("#e6550d", "#74c476", "#31a08a", "#2b7bba", "#4a4fa3", "#3b0f56")))       # dense stands out
+STYLE = {
+    "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.color": "#e8e8e8",
+    "grid.linewidth": 0.6, "lines.linewidth": 1.6, "legend.frameon": False, "legend.fontsize": 8, "savefig.dpi": 200,
+    "figure.constrained_layout.use": True}
+
 
 def figures(args) -> dict:
     """The paper's Figures 1a, 1b, 2, 3, 5 and 6, redrawn from the law, with their data."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({
-        "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.spines.top": False,
-        "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.color": "#e8e8e8",
-        "grid.linewidth": 0.6, "lines.linewidth": 1.6, "legend.frameon": False, "legend.fontsize": 8,
-        "savefig.dpi": 200, "figure.constrained_layout.use": True})
-    (law, draws), drawn = chosen_law(args.law), []
-    for draw in (figure_1a, figure_1b, figure_2, figure_3, figure_5, figure_6):
-        figure, data = draw(plt, law, draws[:200])
+    plt.rcParams.update(STYLE)
+    (law, draws, _), drawn = chosen_law(args.law), []
+    for draw, rows, columns, size in ((figure_1a, 1, 1, (5.2, 3.9)), (figure_1b, 1, 2, (7.6, 3.3)),
+                                      (figure_2, 1, 3, (9.6, 3.3)), (figure_3, 1, 3, (9.6, 3.2)),
+                                      (figure_5, 2, 1, (4.6, 4.8)), (figure_6, 1, 1, (4.8, 3.5))):
+        figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False)
+        for axes in panels.flat:
+            axes.set(xscale="log", xlabel="training FLOPs")                      # what most of them show
+        data = draw(panels.ravel(), law, draws[:200])
         path = Path(args.out) / f"{draw.__name__}.png"
         write(path.with_suffix(".json"), json.dumps({"shows": draw.__doc__} | clean(data, 6)) + "\n")
         figure.savefig(path)
@@ -1081,11 +1059,7 @@ def figures(args) -> dict:
     return {"figures": drawn}
 
 
-LABEL = {E: "dense" if E == 1 else f"E = {E}" for E in EXPERTS.tolist()}
-COLOUR = dict(zip(LABEL, ("#e6550d", "#74c476", "#31a08a", "#2b7bba", "#4a4fa3", "#3b0f56")))       # dense stands out
-
-
-def ribbon(axes, x, line, replica, E, label=None) -> dict:
+def ribbon(axes, x: Array, line: Array, replica: Array, E: int, label: str | None = None) -> dict:
     """A line and the 90% band of its replicas (S, G); returns both."""
     low, high = np.quantile(replica, [0.05, 0.95], axis=0)
     axes.fill_between(x, low, high, color=COLOUR[E], alpha=0.2, linewidth=0)
@@ -1093,67 +1067,60 @@ def ribbon(axes, x, line, replica, E, label=None) -> dict:
     return {"line": line, "low": low, "high": high}
 
 
-def figure_1a(plt, law, draws):
+def figure_1a(panels: Array, law: Law, draws: Array) -> dict:
     """The best number of experts for each memory and training budget; pale where under 90% of the draws agree."""
-    memory, flops = np.geomspace(5e8, 1e11, 100), np.geomspace(1e19, 1e24, 100)
+    from matplotlib.colors import ListedColormap
+    memory, flops, axes = np.geomspace(5e8, 1e11, 100), np.geomspace(1e19, 1e24, 100), panels[0]
     best_of = lambda law: optimum(law, EXPERTS[:, None, None], flops, memory[:, None])[2].argmin(0)
     best = best_of(law)
     agree = np.mean([best_of(Law(*theta)) == best for theta in draws[:100]], axis=0)
-    figure, axes = plt.subplots(figsize=(5.2, 3.9))
-    colours = plt.matplotlib.colors.ListedColormap(list(COLOUR.values()))
-    axes.pcolormesh(flops, memory, best, cmap=colours, vmin=-0.5, vmax=5.5)
+    axes.pcolormesh(flops, memory, best, cmap=ListedColormap(list(COLOUR.values())), vmin=-0.5, vmax=5.5)
     axes.contourf(flops, memory, agree, levels=[-1, 0.9], colors=["white"], alpha=0.4)
-    for i, E in enumerate(LABEL):
-        row = 85 if E > 1 else 30
-        here = np.flatnonzero(best[row] == i)
-        if len(here):
-            axes.text(flops[int(here.mean())], memory[row], LABEL[E] if E in (1, 32) else E, color="white", ha="center",
-                      fontweight="bold")
+    for i, E in enumerate(EXPERTS):
+        y, x = np.median(np.argwhere(best == i), axis=0).astype(int) if (best == i).any() else (0, 0)
+        axes.text(flops[x], memory[y], E if E > 1 else "dense", color="white", ha="center", fontweight="bold")
     axes.grid(False)
-    axes.set(xscale="log", yscale="log", xlabel="training FLOPs (pale: under 90% of the draws agree)",
+    axes.set(yscale="log", xlabel="training FLOPs (pale: under 90% of the draws agree)",
              ylabel="memory for the weights (parameters)", title="The best number of experts")
-    return figure, {"flops": flops, "memory": memory, "best_E": EXPERTS[best], "agreement": agree}
+    return {"flops": flops, "memory": memory, "best_E": EXPERTS[best], "agreement": agree}
 
 
-def figure_1b(plt, law, draws):
+def figure_1b(panels: Array, law: Law, draws: Array) -> dict:
     """Three models of 1.1B parameters in all, as the same compute is spent on each: loss, and gain over dense."""
-    flops, data, dense = np.geomspace(3e19, 3e21, 80), {}, None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.3))
+    flops, data, dense, (left, right) = np.geomspace(3e19, 3e21, 80), {}, None, panels
     for d, E in ((1664, 1), (1408, 2), (1152, 4)):
         total, N = law_size(d, d // 64, E)
         loss, replica = law.loss(N, flops / (6 * N), E), many(draws).loss(N, flops / (6 * N), E)
         dense, name = dense or (loss, replica), f"{LABEL[E]}: {N / 1e9:.2f}B active of {total / 1e9:.2f}B"
         data[name] = {"loss": ribbon(left, flops, loss, replica, E, name),
                       "gain": ribbon(right, flops, 1000 * (dense[0] - loss), 1000 * (dense[1] - replica), E)}
-    for axes in (left, right):
-        axes.axvline(7.9e19, color="#888888", linewidth=0.8, linestyle=":")        # where the paper trained all three
-    left.set(xscale="log", xlabel="training FLOPs", ylabel="loss (nats per token)", title="Equal memory, equal compute")
-    right.set(xscale="log", xlabel="training FLOPs", ylabel="millinats", title="Gain over dense (dotted: the runs)")
+    for axes in panels:
+        axes.axvline(7.9e19, color="#888888", linewidth=0.8, linestyle=":")      # where the paper trained all three
+    left.set(ylabel="loss (nats per token)", title="Equal memory, equal compute")
+    right.set(ylabel="millinats", title="Gain over dense (dotted: the runs)")
     left.legend()
-    return figure, {"flops": flops, "models": data}
+    return {"flops": flops, "models": data}
 
 
-def figure_2(plt, law, draws):
+def figure_2(panels: Array, law: Law, draws: Array) -> dict:
     """Loss against active parameters at the three budgets of Table 1; dots are the optima of each number of experts."""
     N, data = np.geomspace(1e8, 3e10, 80), {}
-    figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.3))
     for axes, flops in zip(panels, (1e20, 5e20, 1e21)):
         D = flops / (6 * N)
         lines = {E: ribbon(axes, N, law.loss(N, D, E), many(draws).loss(N, D, E), E) for E in LABEL}
         n, tokens, best = optimum(law, EXPERTS, flops)
         axes.plot(n, best, "o-", color="black", markersize=3.5, linewidth=0.9)
-        axes.set(xscale="log", xlabel="active parameters", ylim=(best.min() - 0.02, best.max() + 0.16),
+        axes.set(xlabel="active parameters", ylim=(best.min() - 0.02, best.max() + 0.16),
                  title=f"{flops:.0e} training FLOPs".replace("e+", "e"))
         data[f"{flops:.0e}"] = {"lines": lines, "optimum": {"n_active": n, "tokens": tokens, "loss": best}}
     panels[0].set_ylabel("loss (nats per token)")
     panels[2].legend(ncol=2, loc="upper right")
-    return figure, {"n_active": N, "budgets": data}
+    return {"n_active": N, "budgets": data}
 
 
-def figure_3(plt, law, draws):
+def figure_3(panels: Array, law: Law, draws: Array) -> dict:
     """The best number of experts as compute grows, at three memories: weights; with cache; with inference paid too."""
     flops, data = np.geomspace(1e19, 1e24, 121), {}
-    figure, panels = plt.subplots(1, 3, figsize=(9.6, 3.2), sharey=True)
     for axes, title, extra in zip(panels, ("a  memory holds the weights", "b  weights and 32k tokens of cache",
                                            "c  weights; 100B tokens of inference paid"),
                                   ({}, {"kv_tokens": 32768}, {"inference_tokens": 1e11})):
@@ -1168,46 +1135,42 @@ def figure_3(plt, law, draws):
             data[f"{title}, {memory:.0e}"] = {"flops": x, "best_E": best, "low": low, "high": high}
         axes.set_yscale("log", base=2)
         axes.set_yticks(EXPERTS, ["dense", *map(str, EXPERTS[1:])])
-        axes.set(xscale="log", xlabel="FLOPs", title=title)
+        axes.set(xlabel="FLOPs", title=title)
     panels[0].set_ylabel("best number of experts")
     panels[0].legend(loc="upper right")
-    return figure, data
+    return data
 
 
-def figure_5(plt, law, draws):
+def figure_5(panels: Array, law: Law, draws: Array) -> dict:
     """A fit on its own runs, predicted against observed. The paper's losses are unpublished: these are synthetic."""
-    runs = paper_runs()
-    runs = runs._replace(L=law.loss(*runs[:3]) + np.random.default_rng(0).normal(0, NOISE, len(runs.L)))
-    runs = hold_out(runs, "loss:30")
+    runs, (top, low) = paper_runs(), panels
+    runs = hold_out(with_noise(runs._replace(L=law.loss(*runs[:3])), 0, NOISE), "loss:30")
     predicted, held = fit(runs).law.loss(*runs[:3]), runs.weight == 0
-    figure, (top, low) = plt.subplots(2, 1, figsize=(4.6, 4.8), sharex=True, height_ratios=[3, 1.3])
     for E, (some, marker) in itertools.product(LABEL, ((~held, "o"), (held, "x"))):
         pick = some & (runs.E == E)
-        top.scatter(predicted[pick], runs.L[pick], 13, color=COLOUR[E], marker=marker, linewidths=0.9, alpha=0.85,
-                    label=LABEL[E] if marker == "o" else None)
-        low.scatter(predicted[pick], 1000 * (runs.L - predicted)[pick], 9, color=COLOUR[E], marker=marker, lw=0.8)
+        look = {"color": COLOUR[E], "marker": marker, "linewidths": 0.9}
+        top.scatter(predicted[pick], runs.L[pick], 13, label=LABEL[E] if marker == "o" else None, **look)
+        low.scatter(predicted[pick], 1000 * (runs.L - predicted)[pick], 9, **look)
     top.axline((3, 3), slope=1, color="#888888", linewidth=0.8, zorder=0)
     low.axhline(0, color="#888888", linewidth=0.8, zorder=0)
-    top.set(ylabel="observed loss (synthetic)", title="RMSE {:.4f} fitted (o), {:.4f} held out (x)".format(
-        *(rmse((predicted - runs.L)[some]) for some in (~held, held))))
-    low.set(xlabel="predicted loss (nats per token)", ylabel="residual (millinats)")
+    top.set(xscale="linear", xlabel="", ylabel="observed loss (synthetic)",
+            title="RMSE {:.4f} fitted (o), {:.4f} held out (x)".format(
+                *(rmse((predicted - runs.L)[some]) for some in (~held, held))))
+    low.set(xscale="linear", xlabel="predicted loss (nats per token)", ylabel="residual (millinats)")
     top.legend(ncol=2)
-    return figure, {"n_active": runs.N, "tokens": runs.D, "n_expert": runs.E, "observed": runs.L,
-                    "predicted": predicted, "held_out": held}
+    return runs._asdict() | {"predicted": predicted}
 
 
-def figure_6(plt, law, draws):
+def figure_6(panels: Array, law: Law, draws: Array) -> dict:
     """Tokens per active parameter at the compute optimum: more experts want more tokens, until the law turns over."""
-    flops = np.geomspace(1e18, 1e25, 80)
+    flops, axes = np.geomspace(1e18, 1e25, 80), panels[0]
     ratio = lambda law, E: flops / (6 * unconstrained(law, E, flops) ** 2)
-    figure, axes = plt.subplots(figsize=(4.8, 3.5))
     data = {E: ribbon(axes, flops, ratio(law, E), ratio(many(draws), E), E) for E in LABEL}
     axes.axhline(1, color="#888888", linewidth=0.8)
     axes.text(1.3e18, 1.08, "as many tokens as parameters", fontsize=7.5, color="#555555")
-    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="D / N at the optimum",
-             title="Tokens per active parameter")
+    axes.set(yscale="log", ylabel="D / N at the optimum", title="Tokens per active parameter")
     axes.legend(ncol=2)
-    return figure, {"flops": flops, "lines": data}
+    return {"flops": flops, "lines": data}
 
 
 # --- 9. the command line --------------------------------------------------------------------------------------------
@@ -1239,9 +1202,9 @@ def whole(text: str) -> int:
 
 
 def share(text: str) -> float:
-    if not re.fullmatch(r"0?\.\d+|[01]\.?0*", text):
+    if (value := plain(text)) > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
-    return float(text)
+    return value
 
 
 class Parser(argparse.ArgumentParser):
@@ -1253,10 +1216,9 @@ VERBS = {"tables": tables, "optimum": optimum_verb, "fit": fit_verb, "simulate":
          "figures": figures, "speed": speed}
 BUDGETS = "optimum plan"
 FLAGS = {                            # flag: the verbs that take it, how it is read, its help
-    "--offset": ("tables", {"type": share, "default": 0.0}, "added to E - 1 in eq. 6; 0.01 gives the printed Table 3"),
     "sources": ("fit", {"nargs": "+"}, "CSVs of n_active, tokens, n_expert, loss; result.json files; folders of them"),
     "--form": ("fit", {"choices": list(FORMS), "default": "joint"}, "expert_count is E itself for Ê (default joint)"),
-    "--e_start": ("fit", {"type": plain}, "hold E_start here (default: free)"),
+    "--e_start": ("fit tables", {"type": plain}, "hold E_start here (default: free; in tables 2.0732, as printed)"),
     "--e_max": ("fit", {"type": plain}, "hold E_max here (default: free)"),
     "--weights": ("fit", {"metavar": "COLUMN"}, "column of weights (default: equal)"),
     "--holdout": ("fit", {"default": "kfold:10"}, "loss:30 (lowest), compute:30 (largest), column:NAME, kfold:10"),
@@ -1264,9 +1226,7 @@ FLAGS = {                            # flag: the verbs that take it, how it is r
     "--init": ("fit", {"choices": ["random", "paper_grid"], "default": "random"}, "24 centred starts, or all 19,683"),
     "--bootstrap": ("fit", {"type": whole, "default": 1000}, "refits behind the intervals (default 1000)"),
     "--draws": ("simulate", {"type": whole, "default": 20}, "noise draws (default 20)"),
-    "--noise": ("simulate", {"type": plain, "default": 0.006}, "standard deviation in nats (default 0.006)"),
     "--outliers": ("simulate", {"type": share, "default": 0.0}, "share of runs made 0.05 nats worse (default 0)"),
-    "--sample": ("speed", {"type": whole, "default": 12}, "L-BFGS starts to time (default 12)"),
     "--flops": (BUDGETS, {"type": plain, "required": True}, "compute budget: training, and inference if any"),
     "--memory": (BUDGETS, {"type": quantity}, "80GB; for optimum also parameters, 5B; for plan that of one GPU"),
     "--inference_tokens": (BUDGETS, {"type": plain, "default": 0.0}, "tokens to infer within --flops (default 0)"),
@@ -1299,7 +1259,7 @@ def main(argv: list[str]) -> int:
     parser = command_line()
     try:
         args = parser.parse_args(argv or ["tables"])
-        args.command = " ".join(["python scaling.py", *argv])
+        args.command = shlex.join(["python", "scaling.py", *argv])
         result = VERBS[args.verb](args)
         if args.json:
             write(args.json, json.dumps(clean(result)) + "\n")

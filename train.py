@@ -103,6 +103,9 @@ class Config(ModelConfig):
             require(value is None or value > 0, f"{name} = {value} must be positive")
         for name in ("min_learning_rate", "warmup", "decay", "weight_decay", "grad_clip", "seed"):
             require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)} must not be negative")
+        require(self.seed < 2**32, f"seed = {self.seed} must be less than 2**32")
+        for name in ("dataset", "tokenizer"):
+            require(0 < len(getattr(self, name)) < 1000, f"{name} must be a name of 1 to 1000 characters")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"{name} = {getattr(self, name)} must be in [0, 1)")
         for name, allowed in (("schedule", ("cosine", "constant")), ("dtype", ("float32", "bfloat16"))):
@@ -122,7 +125,7 @@ class Config(ModelConfig):
         """batch_tokens as [(from token, batch_tokens), ...], however it was written."""
         if isinstance(self.batch_tokens, list):
             pairs = [pair for pair in self.batch_tokens if isinstance(pair, (list, tuple)) and len(pair) == 2]
-            numbers = [n for pair in pairs for n in pair if isinstance(n, (int, float)) and n == int(n)]
+            numbers = [n for pair in pairs for n in pair if isinstance(n, (int, float)) and float(n).is_integer()]
             require(len(numbers) == 2 * len(self.batch_tokens) > 0,
                     f"batch_tokens = {self.batch_tokens}: a ramp is a list of (from token, tokens a step) pairs")
             return [(int(start), int(batch)) for start, batch in pairs]
@@ -137,7 +140,7 @@ def load_config(path: str, overrides: dict | None = None) -> Config:
     require(Path(path).is_file() and path.endswith(".py"), f"{path} is no config file; configs/tiny.py is one")
     try:
         names = runpy.run_path(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInput(f"{path} does not run: {type(error).__name__}: {error}") from None
     values = {name: value for name, value in names.items()
               if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType))}
@@ -148,8 +151,10 @@ def load_config(path: str, overrides: dict | None = None) -> Config:
     config.out_dir = config.out_dir or f"out/{Path(path).stem}"
     gpu = torch.cuda.is_available()
     config.device = ("cuda" if gpu else "cpu") if config.device == "auto" else config.device
-    kind = config.device.partition(":")[0]
-    require(kind in ("cpu", "cuda", "mps"), f"device = {config.device!r} must be cpu, cuda, cuda:N or mps")
+    kind, _, number = config.device.partition(":")
+    require(kind in ("cpu", "cuda", "mps") and (number.isdigit() or ":" not in config.device),
+            f"device = {config.device!r} must be cpu, cuda, cuda:N or mps")
+    require(kind != "mps" or torch.backends.mps.is_available(), f"device = {config.device!r} is not on this machine")
     require(kind != "cuda" or gpu, f"device = {config.device!r}, but this machine has no CUDA GPU: use device = 'cpu'")
     config.dtype = ("bfloat16" if kind == "cuda" else "float32") if config.dtype == "auto" else config.dtype
     config.validate()
@@ -162,7 +167,7 @@ def convert(name: str, value):
     if isinstance(value, float) and float not in allowed and value.is_integer():
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and int not in allowed and float in allowed:
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     fits = type(value) in allowed and not (isinstance(value, float) and not math.isfinite(value))
     wanted = " or ".join(t.__name__ for t in allowed)
     require(fits, f"{name} = {value!r} must be {wanted.replace('NoneType', 'None')}")
@@ -179,8 +184,9 @@ def parse_command_line(argv: list[str]) -> Config:
     parser = argparse.ArgumentParser(description="train a mixture-of-experts language model", allow_abbrev=False,
                                      usage="python train.py CONFIG.py [--name=value ...]")
     parser.add_argument("config", help="a flat Python file: one name = value a line (see configs/)")
+    meaning = field_help()
     for f in fields(Config):
-        text = f"{field_help()[f.name]} (default {f.default!r})".replace("%", "%%")
+        text = f"{meaning[f.name]} (default {f.default!r})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", nargs="?", const="True", metavar=f.name.upper(), help=text)
     args, unknown = parser.parse_known_args(argv)
     for word in unknown:
@@ -195,7 +201,7 @@ def literal(name: str, text: str):
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return {"true": True, "false": False}.get(text.lower(), text)
 
 
@@ -216,7 +222,7 @@ def source_files(dataset: str) -> list[Path]:
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name.endswith(TEXT_SUFFIXES)]
         require(bool(files), f"dataset folder {dataset} holds no file ending in {' '.join(TEXT_SUFFIXES)}")
         return files
-    files = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(dataset))]
+    files = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(dataset, recursive=True))]
     require(bool(files), f"dataset {dataset!r} is neither 'stdlib' nor an existing file, folder or glob pattern")
     return files
 
@@ -225,8 +231,7 @@ def documents(path: Path) -> Iterator[str]:
     """The documents of one file: a line's "text" of .jsonl(.gz), a row's of .parquet, else the whole file."""
     try:
         if path.suffix == ".parquet":
-            for batch in optional("pyarrow.parquet").ParquetFile(path).iter_batches(columns=["text"]):
-                yield from batch.column("text").to_pylist()
+            yield from parquet_texts(path)
         elif path.name.endswith((".jsonl", ".jsonl.gz")):
             with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
@@ -237,14 +242,26 @@ def documents(path: Path) -> Iterator[str]:
             yield data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 (byte {error.start}): convert it first, say with iconv -t utf-8") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path} cannot be read: {error}") from None
+
+
+def parquet_texts(path: Path) -> Iterator[str]:
+    parquet = optional("pyarrow.parquet")
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(columns=["text"]):
+            for text in batch.column("text").to_pylist():
+                require(isinstance(text, str), f"{path}: a row's text is {text!r}, not a string")
+                yield text
+    except (ValueError, KeyError) as error:
+        raise BadInput(f"{path} is no parquet file with a column text: {error}") from None
 
 
 def json_text(path: Path, number: int, line: str) -> str:
     try:
         text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        text.encode()                                                       # half a surrogate pair is no text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         text = None
     require(isinstance(text, str), f'{path} line {number} is not a JSON object with a "text" string')
     return text
@@ -260,16 +277,15 @@ def prepare(config: Config, tokenizer) -> tuple[list[np.ndarray], list[np.ndarra
     if files[0].suffix == ".bin":
         return token_shards(files, config.dataset)
     listing = [[p.name, p.stat().st_size, 0 if config.dataset == "stdlib" else p.stat().st_mtime_ns] for p in files]
-    ranks = hashlib.sha256(repr(sorted(tokenizer._special_tokens.items())).encode())
-    ranks.update(b"".join(tokenizer.token_byte_values()))
-    manifest = {"dataset": config.dataset, "tokenizer": config.tokenizer, "vocabulary": ranks.hexdigest(),
-                "files": listing}
+    vocabulary = repr((tokenizer._pat_str, tokenizer._special_tokens, sorted(tokenizer._mergeable_ranks.items())))
+    manifest = {"dataset": config.dataset, "tokenizer": config.tokenizer, "files": listing,
+                "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest()}
     key = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:12]
     folder = Path("data") / f"{Path(config.dataset).name.replace('*', '')}-{Path(config.tokenizer).stem}-{key}"
     if not (folder / "manifest.json").is_file():
         tokenise(files, tokenizer, folder, manifest)
     splits = [[np.load(p, mmap_mode="r") for p in sorted(folder.glob(f"{name}-*.npy"))] for name in ("train", "val")]
-    if sum(map(len, splits[1])) <= config.seq_len:
+    if min(sum(map(len, arrays)) for arrays in splits) <= config.seq_len:
         whole = np.concatenate(splits[0] + splits[1]) if splits[0] + splits[1] else np.zeros(0, np.uint16)
         cut = min(len(whole) * 19 // 20, len(whole) - config.seq_len - 1)
         splits = [[whole[:max(cut, 0)]], [whole[max(cut, 0):]]]
@@ -280,15 +296,17 @@ def tokenise(files: list[Path], tokenizer, folder: Path, manifest: dict, shard: 
     """Write train-*.npy, val-*.npy and manifest.json into a temporary folder, renamed when it is complete."""
     print(f"tokenising {len(files)} files into {folder}", flush=True)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)                  # of a killed run that had this process id
     partial.mkdir(parents=True)
     try:
         kind = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-        held, counts, n_shard = {"train": [], "val": []}, {"train": 0, "val": 0}, {"train": 0, "val": 0}
+        held, counts = {"train": [], "val": []}, {"train": 0, "val": 0}
+        n_held, n_shard = dict(counts), dict(counts)
 
         def flush(split: str) -> None:
             if held[split]:
                 np.save(partial / f"{split}-{n_shard[split]:05d}.npy", np.concatenate(held[split]))
-                held[split], n_shard[split] = [], n_shard[split] + 1
+                held[split], n_held[split], n_shard[split] = [], 0, n_shard[split] + 1
 
         for path in files:
             for text in documents(path):
@@ -296,13 +314,16 @@ def tokenise(files: list[Path], tokenizer, folder: Path, manifest: dict, shard: 
                 ids = np.array([*tokenizer.encode_ordinary(text), tokenizer.eot_token], kind)
                 held[split].append(ids)
                 counts[split] += len(ids)
-                if sum(map(len, held[split])) > shard:
+                n_held[split] += len(ids)
+                if n_held[split] > shard:
                     flush(split)
         flush("train"), flush("val")
         require(counts["train"] + counts["val"] > len(files), f"dataset {manifest['dataset']} holds no text")
         (partial / "manifest.json").write_text(json.dumps(manifest | {"tokens": counts}, indent=1))
-        if not folder.exists():                                            # another run may have been faster
+        try:
             partial.rename(folder)
+        except OSError:                                                    # another run may have been faster
+            require((folder / "manifest.json").is_file(), f"{folder} is in the way: delete it")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -341,6 +362,12 @@ class Blocks:
         shard = int(np.searchsorted(self.ends, i, side="right"))
         start = (i - (self.ends[shard - 1] if shard else 0)) * self.seq_len
         return self.arrays[shard][start:start + self.seq_len + 1].astype(np.int64)
+
+
+def fingerprint(blocks: Blocks) -> int:
+    """Changes when the training text does: a checksum of the shards' lengths and of where each begins."""
+    lengths = repr([len(a) for a in blocks.arrays]).encode()
+    return zlib.crc32(b"".join([lengths, *(a[:2**20].tobytes() for a in blocks.arrays)]))
 
 
 def check_ids(blocks: Blocks, vocab_size: int) -> None:
@@ -424,30 +451,58 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 RUN_FILES = ("config.json", "log.jsonl", "ckpt.pt", "result.json", "loss.png", "experts.png")
-MAY_CHANGE = {"overwrite", "log_interval", "checkpoint_interval"}  # they leave the run's numbers as they are
+MAY_CHANGE = {"overwrite", "out_dir", "log_interval", "checkpoint_interval"}     # they leave the run's numbers alone
 
 
-def open_run(config: Config) -> dict | None:
-    """Make out_dir, or return the checkpoint of the unfinished run in it; refuse to continue with another config."""
-    out = Path(config.out_dir)
-    now = json.loads(json.dumps(asdict(config)))
-    if config.overwrite and out.exists():
-        for name in RUN_FILES:
-            (out / name).unlink(missing_ok=True)
-    if (out / "config.json").is_file():
-        then = json.loads((out / "config.json").read_text())
+def open_run(config: Config, data: int) -> dict | None:
+    """Make out_dir, or return the checkpoint of the run in it; refuse to continue with another config or other data."""
+    out, now = Path(config.out_dir), json.loads(json.dumps(asdict(config) | {"data": data}))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock(out)
+        if config.overwrite:
+            for name in RUN_FILES:
+                (out / name).unlink(missing_ok=True)
+        there = (out / "ckpt.pt").is_file()
+        then = json.loads((out / "config.json").read_text()) if there or (out / "config.json").is_file() else now
+        state = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True) if there else None
         changed = [f"{k} {then.get(k)!r} -> {v!r}" for k, v in now.items() if k not in MAY_CHANGE and then.get(k) != v]
-        require(not changed, f"{out} holds a run with another config ({'; '.join(changed)}): "
-                             f"give another out_dir, or --overwrite to start anew")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(now, indent=1))
-    if not (out / "ckpt.pt").is_file():
-        (out / "log.jsonl").write_text("")
-        return None
-    state = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
-    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)  # later lines come again
-    (out / "log.jsonl").write_text("".join(line for line in lines if logged_before(line, state["step"])))
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        raise BadInput(f"out_dir {config.out_dir[:200]}: its config.json or ckpt.pt cannot be read ({error}): "
+                       "give another out_dir, or --overwrite to start anew") from None
+    require(not changed, f"{out} holds a run with another config ({'; '.join(changed)}): give another out_dir, "
+                         "or --overwrite to start anew")
+    if state and (out / "result.json").is_file():
+        return state
+    write_text_file(out / "config.json", json.dumps(now, indent=1))
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if state and log.is_file() else []     # later lines come again
+    write_text_file(log, "".join(line for line in lines if logged_before(line, state["step"])))
     return state
+
+
+def lock(out: Path) -> None:
+    """One run at a time writes to out_dir; the lock goes with the process (nothing to lock with on Windows)."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    if lock.file:
+        lock.file.close()
+    lock.file = open(out / "lock", "w")  # noqa: SIM115 (held open: that is the lock)
+    try:
+        fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"another process is training in {out}: wait for it, or give another out_dir") from None
+
+
+lock.file = None
+
+
+def write_text_file(path: Path, text: str) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def logged_before(line: str, step: int) -> bool:
@@ -485,7 +540,8 @@ def free_memory(device: str) -> int:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit.is_file() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+        cache = re.search(r"inactive_file (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text())
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + int(cache[1]))    # file cache is given back
     return free
 
 
@@ -516,6 +572,7 @@ def evaluate(model: Model, blocks: Blocks, config: Config, token_bytes: torch.Te
     """Cross-entropy alone, without balance and z losses, on fixed validation windows: nats per token, bits per byte."""
     n = min(len(blocks), max(1, config.eval_tokens // config.seq_len))
     windows = [i * len(blocks) // n for i in range(n)]                      # evenly spread over the held-out text
+    mode = model.training
     model.eval()
     nats, tokens, n_bytes = 0.0, 0, 0
     for start in range(0, n, config.micro_batch):
@@ -524,7 +581,7 @@ def evaluate(model: Model, blocks: Blocks, config: Config, token_bytes: torch.Te
         with autocast(config):
             nats += float(model(x, y).ce) * y.numel()
         tokens, n_bytes = tokens + y.numel(), n_bytes + int(token_bytes[rows[:, 1:]].sum())
-    model.train()
+    model.train(mode)
     return nats / tokens, nats / math.log(2) / max(n_bytes, 1)
 
 
@@ -547,26 +604,26 @@ def train(config: Config) -> int:
     check_ids(blocks, config.vocab_size)
     check_ids(val, config.vocab_size)
     need, free = check_memory(config)
-    state = open_run(config)                                                # nothing was written to out_dir before this
+    state = open_run(config, fingerprint(blocks))                           # nothing was written to out_dir before this
     last = total_steps(config)
     describe(config, blocks, val, last, need, free)
-    if state and state["step"] >= last:
+    if state and (Path(config.out_dir) / "result.json").is_file():
         print(f"{config.out_dir} is finished after {last} steps; --overwrite starts anew")
         return 0
 
     model = Model(config).init_weights(config.seed).to(config.device)
     groups, betas = parameter_groups(model, config.weight_decay), (config.beta1, config.beta2)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
-    start, seconds = 0, 0.0
+    start, seconds, skipped = 0, 0.0, 0
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        start, seconds = state["step"], state["seconds"]
+        start, seconds, skipped = state["step"], state["seconds"], state["skipped"]
         print(f"continuing at step {start} of {last}")
     del state
     step_model = torch.compile(model) if config.compile else model
     token_bytes = bytes_per_token(tokenizer, config.vocab_size)
-    log, batches, stop = Log(config, last, seconds), Batches(blocks, config), catch_signals()
+    log, batches, stop = Log(config, last, seconds, skipped), Batches(blocks, config), catch_signals()
     out, every = Path(config.out_dir), lambda interval: (step + 1) % interval == 0 or step + 1 == last or stop
 
     for step in range(start, last):
@@ -596,9 +653,9 @@ def train(config: Config) -> int:
                 print(f"error: ten steps in a row were not finite, stopping at step {step}; the checkpoint in {out} is "
                       "the last good one: try a lower learning_rate", file=sys.stderr)
                 return 1
-        if every(config.checkpoint_interval):
+        if every(config.checkpoint_interval) and (log.skipped_in_a_row == 0 or step + 1 == last):
             save_checkpoint(out / "ckpt.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                              "step": step + 1, "seconds": log.seconds})
+                                              "step": step + 1, "seconds": log.seconds, "skipped": log.skipped})
         if stop and step + 1 < last:
             print(f"stopped by {stop[0]} after step {step}: saved; the same command continues")
             return 0
@@ -612,8 +669,8 @@ def train(config: Config) -> int:
 def bytes_per_token(tokenizer, vocab_size: int) -> torch.Tensor:
     """(V,) length in bytes of each token; end-of-text and padding have none."""
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
-    values = tokenizer.token_byte_values()
-    lengths[:len(values)] = torch.tensor([len(v) for v in values])
+    ranks = tokenizer._mergeable_ranks                          # token_byte_values() is in alphabetical order instead
+    lengths[list(ranks.values())] = torch.tensor([len(value) for value in ranks])
     return lengths
 
 
@@ -650,15 +707,17 @@ def describe(config: Config, blocks: Blocks, val: Blocks, last: int, need: int, 
 class Log:
     """log.jsonl and the printed lines. Numbers stay on the device until a flush: logging never holds up a step."""
 
-    def __init__(self, config: Config, last: int, seconds: float):
+    def __init__(self, config: Config, last: int, seconds: float, skipped: int):
         self.config, self.last, self.seconds = config, last, seconds
-        self.pending, self.skipped, self.skipped_in_a_row, self.tokens_per_s = [], 0, 0, 0.0
+        self.pending, self.skipped, self.skipped_in_a_row, self.tokens_per_s = [], skipped, 0, 0.0
         self.flops, self.peak = count(config)["flops_per_token"], peak_flops(config)
         self.clock = time.perf_counter()
-        self.file = open(Path(config.out_dir) / "log.jsonl", "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+        self.path = Path(config.out_dir) / "log.jsonl"
 
     def write(self, line: dict) -> None:
-        self.file.write(json.dumps(line) + "\n")
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def evaluation(self, step: int, ce: float, bits: float) -> None:
         self.write({"step": step, "tokens": position(self.config, step)[0], "seconds": self.seconds,
@@ -734,7 +793,8 @@ def finish(config: Config, model: Model, tokenizer, log: Log, last: int, final: 
     model.eval()
     print("--- a sample ---")
     prompt = "import " if config.dataset == "stdlib" else ""
-    print("".join(write_text(model, tokenizer, prompt, 200, seed=config.seed)))
+    n_token = min(200, config.max_seq_len - len(prompt) - 1)
+    print("".join(write_text(model, tokenizer, prompt, n_token, seed=config.seed)))
 
 
 def device_name(device: str) -> str:
@@ -763,7 +823,7 @@ def draw_loss(runs: list[Path], path: Path) -> None:
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for i, out in enumerate(runs):
-        steps, evals = ([x for x in read_log(out) if name in x] for name in ("ce", "val_ce"))
+        steps, evals = ([x for x in read_log(out) if x.get(name) is not None] for name in ("ce", "val_ce"))
         width = max(1, len(steps) // 50)
         smooth = np.convolve([x["ce"] for x in steps], np.ones(width) / width, "valid")
         last = f"{out.name}: {evals[-1]['val_ce']:.3f}"
@@ -821,8 +881,11 @@ def main(argv: list[str]) -> None:
 
 def redraw(runs: list[Path]) -> None:
     """The figures of each run folder once more; of several, their losses in one picture beside the first."""
+    require(bool(runs), "draw what? name the folders of runs, such as out/tiny")
     for out in runs:
         require((out / "log.jsonl").is_file(), f"{out} has no log.jsonl: draw takes folders of runs, such as out/tiny")
+        logged = {name for line in read_log(out) for name in line}
+        require({"ce", "val_ce"} <= logged, f"the run in {out} has too little in its log to draw")
         draw_figures(out)
     if len(runs) > 1:
         draw_loss(runs, runs[0].parent / f"{'-'.join(out.name for out in runs)}.png")
