@@ -164,14 +164,14 @@ def optimum(law: Law, E: Array, flops: Array, memory: Array | None = None, kv_to
 
 def switches(law: Law, draws: Array, axis: str, values: Array, **budget) -> list[dict]:
     """Where the best E changes along `axis` ("memory" or "flops") and, from the draws (S, 11), the 90% range of it."""
-    every = many(np.vstack([law, draws]), 2)                               # row 0 is the law itself
+    every = many(np.vstack([law, draws]), 2)                                    # row 0 is the law itself
     loss = np.minimum(optimum(every, EXPERTS[:, None], **budget | {axis: values})[2], 1e9)       # (1 + S, E, G)
     best, known, x, found = loss[0].argmin(0), loss[0].min(0) < 1e9, np.log(values), []
     for i in np.flatnonzero((best[1:] != best[:-1]) & known[:-1]):
         gap = loss[:, best[i]] - loss[:, best[i + 1]]                           # rises through zero at the switch
         far = np.where((gap[:, :-1] < 0) & (gap[:, 1:] >= 0), np.abs(np.arange(len(x) - 1) - i), np.inf)
-        row, near = np.flatnonzero(np.isfinite(far.min(1))), far.argmin(1)
-        near = near[row]                                                        # of several crossings the nearest to i
+        row = np.flatnonzero(np.isfinite(far.min(1)))                           # the draws that switch at all,
+        near = far[row].argmin(1)                                               # and where: the crossing nearest to i
         before, after = gap[row, near], gap[row, near + 1]
         at, *moved = np.exp(x[near] + before / (before - after) * (x[near + 1] - x[near]))
         found.append({axis: float(at), "from": int(EXPERTS[best[i]]), "to": int(EXPERTS[best[i + 1]]),
@@ -292,22 +292,18 @@ class Surface:
                 -p[:, 5:6] * self.y - (p[:, 6:7] + p[:, 7:8] * self.y) * z,
                 z, k / (e_start * inverse), (k - 1) / inverse)
 
-    def __call__(self, p: Array) -> tuple[Array, Array]:
-        """ln L (S, R), and what the Jacobian needs (6, S, R): the three terms' shares of L, z and its derivatives."""
-        first, second, *z = self.logs(p)
-        terms = np.stack([p[:, :1] + first, p[:, 4:5] + second, np.broadcast_to(p[:, 8:9], first.shape)])
+    def __call__(self, p: Array, free: Array) -> tuple[Array, Array]:
+        """ln L (S, R), and d ln L / d p[free], (S, len(free), R): a parameter acts through its term's share of L."""
+        first, second, z, z9, z10 = self.logs(p)
+        terms = np.stack([p[:, :1] + first, p[:, 4:5] + second, np.broadcast_to(p[:, 8:9], z.shape)])
         top = terms.max(0)                                         # logsumexp: a wild start would overflow
-        share = np.exp(terms - top)
-        total = share.sum(0)
-        return top + np.log(total), np.concatenate([share / total, z])
-
-    def jacobian(self, p: Array, parts: Array, free: Array) -> Array:
-        """d ln L / d p[free], (S, len(free), R): each parameter acts through its term's share of the loss."""
-        s1, s2, s3, z, z9, z10 = parts
+        shares = np.exp(terms - top)
+        total = shares.sum(0)
+        s1, s2, s3 = shares / total
         by_z = -s1 * (p[:, 2:3] + p[:, 3:4] * self.x) - s2 * (p[:, 6:7] + p[:, 7:8] * self.y)
         rows = (s1, -s1 * self.x, -s1 * z, -s1 * self.x * z, s2, -s2 * self.y, -s2 * z, -s2 * self.y * z, s3,
                 by_z * z9, by_z * z10)
-        return np.stack([rows[i] for i in free], 1)
+        return top + np.log(total), np.stack([rows[i] for i in free], 1)
 
     def project(self, p: Array, weight: Array, free: Array) -> Array:
         """Variable projection: p with the a, b, c of least relative error for its exponents, floored above zero."""
@@ -338,46 +334,43 @@ def levenberg_marquardt(surface: Surface, p: Array, target: Array, weight: Array
     Args: p (S, 11); target, weight (S, R); free: indices that move. Returns: p (S, 11) and its cost (S,).
     """
     p, live = np.clip(p, *surface.bounds(p)), np.arange(len(p))
-    value, parts = surface(p)
+    value, J = surface(p, free)
     cost = huber(value - target, weight, delta)
     result, result_cost = p.copy(), cost.copy()
     damping, idle = np.full(len(p), 1e-2), np.zeros(len(p), int)
     for _ in range(steps):
-        J, r = surface.jacobian(p, parts, free), value - target
+        r = value - target
         w = np.sqrt(weight * np.minimum(1, delta / np.maximum(np.abs(r), 1e-300)))   # Huber as reweighted least squares
-        J *= w[:, None]
-        slope = (J @ (w * r)[..., None])[..., 0]
+        A = J * w[:, None]
+        slope = (A @ (w * r)[..., None])[..., 0]
         low, high = (bound[:, free] for bound in surface.bounds(p))
         held = ((p[:, free] <= low) & (slope > 0)) | ((p[:, free] >= high) & (slope < 0))
-        J[held], slope[held] = 0, 0                        # what is pushed against its bound rests for this step
-        H = J @ J.transpose(0, 2, 1)
+        A[held], slope[held] = 0, 0                        # what is pushed against its bound rests for this step
+        H = A @ A.transpose(0, 2, 1)
         diagonal = np.einsum("sii->si", H)                 # a view: adding to it damps H
         diagonal += damping[:, None] * diagonal + 1e-12 * diagonal.max(1, keepdims=True) + 1e-300
         trial = p.copy()
         trial[:, free] -= np.clip(np.linalg.solve(H, slope[..., None])[..., 0], -2, 2)
         trial = np.clip(trial, *surface.bounds(trial))
-        new_value, new_parts = surface(trial)
+        new_value, new_J = surface(trial, free)
         new = huber(new_value - target, weight, delta)
         better = new < cost
         idle = np.where(cost - new > tol * cost, 0, idle + 1)
         damping *= np.where(better, 0.2, 4)
-        p[better], value[better], cost[better] = trial[better], new_value[better], new[better]
-        parts[:, better] = new_parts[:, better]
+        p[better], value[better], cost[better], J[better] = trial[better], new_value[better], new[better], new_J[better]
         result[live], result_cost[live] = p, cost
         stay = idle < 3
         if not stay.any():
             break
         if not stay.all():
-            p, value, cost, live, target, weight, damping, idle = (
-                v[stay] for v in (p, value, cost, live, target, weight, damping, idle))
-            parts = parts[:, stay]
+            p, value, cost, J, live, target, weight, damping, idle = (
+                v[stay] for v in (p, value, cost, J, live, target, weight, damping, idle))
     return result, result_cost
 
 
 def minimise(surface, p, target, weight, delta, free, steps=100, tol=1e-10) -> tuple[Array, Array]:
     """levenberg_marquardt() in pieces that fit a cache, a thread for each core; target, weight broadcast to (S, R)."""
-    shape = len(p), len(surface.x)
-    count = -(-shape[0] * shape[1] // 100_000)
+    shape, count = (len(p), len(surface.x)), -(-len(p) * len(surface.x) // 100_000)
     split = lambda v: np.array_split(np.broadcast_to(v, shape), count)
     work = lambda piece: levenberg_marquardt(surface, *piece, delta, free, steps, tol)
     with ThreadPoolExecutor(os.cpu_count()) as pool:               # numpy lets go of the interpreter in large loops
@@ -436,7 +429,7 @@ def fit(runs: Runs, form: str = "joint", pinned: dict | None = None, starts=rand
     for wide, steps in ((10, 60), (0.1, 30)):
         p, cost = minimise(surface, p, surface.target, runs.weight, wide, free, steps, 1e-7)
     if delta is None:
-        residual = (surface(p[[cost.argmin()]])[0][0] - surface.target)[runs.weight > 0]
+        residual = (surface(p[[cost.argmin()]], free)[0][0] - surface.target)[runs.weight > 0]
         delta = max(1.345 * 1.4826 * float(np.median(np.abs(residual))), 1e-4)
     p, cost = minimise(surface, p, surface.target, runs.weight, delta, free)
     best = cost.argmin()
@@ -568,7 +561,6 @@ def write(path: str | Path, text: str) -> None:
 
 # --- 5. where the paper's tables come from, and its errata ----------------------------------------------------------
 
-
 TABLE_3 = {                          # printed m, mu, n, nu
     1: (30.3640, 0.1817, 53.9838, 0.1965), 2: (27.7982, 0.1780, 66.8401, 0.2065), 4: (24.8462, 0.1731, 87.7022, 0.2192),
     8: (21.8330, 0.1676, 119.9126, 0.2338), 16: (19.0159, 0.1617, 167.5073, 0.2494),
@@ -691,10 +683,9 @@ def predict(parts: list[tuple], runs: Runs, weight: Array | None = None) -> Arra
     """Losses (R,) expected by the fits or, given rows of weights (S, R), by replicas refitted under each (S, R)."""
     out = np.empty(runs.L.shape if weight is None else weight.shape)
     for mask, fitted in parts:
-        law = fitted.law
-        if weight is not None:
-            law = many(refit(fitted, weight[:, mask] * runs.weight[mask], fitted.surface.target))
-        out[..., mask] = law.loss(*runs.take(mask)[:3])
+        some = runs.take(mask)
+        law = fitted.law if weight is None else many(refit(fitted, weight[:, mask] * some.weight, np.log(some.L)))
+        out[..., mask] = law.loss(*some[:3])
     return out
 
 
@@ -745,6 +736,7 @@ def fit_verb(args) -> dict:
     require(low >= 0.05 and high <= min(50, 0.95 * top) and top >= 2,
             "--e_start must lie from 0.05 to 50 and 6% below --e_max; --e_max from 2, from 53 when E_start is free")
     pinned, (runs, rows) = {k: v for k in EHAT if (v := getattr(args, k))}, read_runs(args.sources, args.weights)
+    require(not pinned.keys() & FORMS[args.form].keys(), f"--form {args.form} sets E_start and E_max itself")
     folds = min(int(args.holdout[6:]), len(rows)) if re.fullmatch(r"kfold:([2-9]|[1-9]\d+)", args.holdout) else 0
     runs = runs if folds else hold_out(runs, args.holdout, rows)
     grid = {"starts": paper_starts, "project": False} if args.init == "paper_grid" else {}
@@ -834,8 +826,9 @@ def speed(args) -> dict:
         wide = fit(some, starts=lambda *a: random_starts(*a, count=200), delta=usual.delta)
         found += usual.cost <= wide.cost * (1 + 1e-6)
     each = seconds.pop("torch_lbfgs") / sample
-    agree = {name: done[name].agree for name in ("default_fit", "paper_grid_729_projected", "paper_grid_19683")}
-    result = {"seconds": seconds, "global_optimum": f"{found} of 60 draws, against 200 starts", "starts_agree": agree,
+    result = {"seconds": seconds, "global_optimum": f"{found} of 60 draws, against 200 starts",
+              "starts_agree": {"default": fitted.agree, "729 projected": done["paper_grid_729_projected"].agree,
+                               "19683": done["paper_grid_19683"].agree},
               "torch_lbfgs": {"seconds_a_start": each, "sample": sample, "arrived": done["torch_lbfgs"],
                               "times_slower_than_our_19683": each * 19683 / seconds["paper_grid_19683"],
                               "times_slower_than_our_default": each * 19683 / seconds["default_fit"]},
@@ -870,7 +863,6 @@ def lbfgs(runs: Runs, fitted: Fit, sample: int) -> int:
 
 # --- 7. from the law to a model to train ----------------------------------------------------------------------------
 
-
 BYTES = {"bf16": 2, "fp32": 4}
 GPUS = {                             # dense peak FLOP/s in bf16 and fp32, bytes of memory: the vendors' data sheets
     "A100": (312e12, 19.5e12, 80e9), "H100": (989e12, 67e12, 80e9), "H200": (989e12, 67e12, 141e9),
@@ -896,7 +888,7 @@ def chosen_law(path: str | None) -> tuple[Law, Array, Runs]:
 
 def optimum_verb(args) -> dict:
     """The best model for each number of experts under the budgets, and where the best number changes."""
-    (law, draws, _), (unit, memory) = chosen_law(args.law), args.memory or ("", None)
+    (law, draws, _), (unit, memory) = chosen_law(args.law), args.memory or ("number", None)
     budget = {"flops": args.flops, "memory": memory / BYTES[args.dtype] if unit == "bytes" else memory,
               "kv_tokens": args.kv_tokens, "inference_tokens": args.inference_tokens}
     N, D, L = optimum(law, EXPERTS, **budget)
@@ -1017,10 +1009,10 @@ def write_config(path: str, best: dict, config, dtype: str, command: str) -> Non
         "learning_rate": float(f"{best['learning_rate']:.4g}"), "min_learning_rate": 0.0, "schedule": "constant",
         "warmup": min(130_000_000, int(best["tokens"]) // 10), "decay": 0.2, "weight_decay": 0.1, "beta1": 0.9,
         "beta2": 0.999, "grad_clip": 0.1, "dtype": dtype}
-    write(path, f"# {command}\n"
-                "# Expected loss {:.4f} nats a token (90%: {:.4f} to {:.4f})".format(best["loss"], *best["interval"])
-                + " on FineWeb-Edu in GPT-2 tokens: set dataset to its\n# files and tokenizer = 'gpt2'. "
-                f"Learning rate by the other reading of eq. 7: {best['learning_rate_authors_code']:.4g}\n\n"
+    low, high = best["interval"]
+    write(path, f"# {command}\n# Expected loss {best['loss']:.4f} nats a token (90%: {low:.4f} to {high:.4f}) on "
+                "FineWeb-Edu in GPT-2 tokens: set dataset to its\n# files and tokenizer = 'gpt2'. Learning rate by the "
+                f"other reading of eq. 7: {best['learning_rate_authors_code']:.4g}\n\n"
                 + "".join(f"{k} = {v!r}\n" for k, v in values.items()))
 
 
@@ -1043,7 +1035,7 @@ def figures(args) -> dict:
     import matplotlib.pyplot as plt
     plt.rcParams.update(STYLE)
     (law, draws, _), drawn = chosen_law(args.law), []
-    for draw, rows, columns, size in ((figure_1a, 1, 1, (5.2, 3.9)), (figure_1b, 1, 2, (7.6, 3.3)),
+    for draw, rows, columns, size in ((figure_1a, 1, 1, (5.2, 3.9)), (figure_1b, 1, 1, (4.8, 3.5)),
                                       (figure_2, 1, 3, (9.6, 3.3)), (figure_3, 1, 3, (9.6, 3.2)),
                                       (figure_5, 2, 1, (4.6, 4.8)), (figure_6, 1, 1, (4.8, 3.5))):
         figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False)
@@ -1086,19 +1078,16 @@ def figure_1a(panels: Array, law: Law, draws: Array) -> dict:
 
 
 def figure_1b(panels: Array, law: Law, draws: Array) -> dict:
-    """Three models of 1.1B parameters in all, as the same compute is spent on each: loss, and gain over dense."""
-    flops, data, dense, (left, right) = np.geomspace(3e19, 3e21, 80), {}, None, panels
+    """Three models of 1.1B parameters in all, as the same compute is spent on each."""
+    flops, data, axes = np.geomspace(3e19, 3e21, 80), {}, panels[0]
     for d, E in ((1664, 1), (1408, 2), (1152, 4)):
         total, N = law_size(d, d // 64, E)
-        loss, replica = law.loss(N, flops / (6 * N), E), many(draws).loss(N, flops / (6 * N), E)
-        dense, name = dense or (loss, replica), f"{LABEL[E]}: {N / 1e9:.2f}B active of {total / 1e9:.2f}B"
-        data[name] = {"loss": ribbon(left, flops, loss, replica, E, name),
-                      "gain": ribbon(right, flops, 1000 * (dense[0] - loss), 1000 * (dense[1] - replica), E)}
-    for axes in panels:
-        axes.axvline(7.9e19, color="#888888", linewidth=0.8, linestyle=":")      # where the paper trained all three
-    left.set(ylabel="loss (nats per token)", title="Equal memory, equal compute")
-    right.set(ylabel="millinats", title="Gain over dense (dotted: the runs)")
-    left.legend()
+        loss, replica = (some.loss(N, flops / (6 * N), E) for some in (law, many(draws)))
+        name = f"{LABEL[E]}: {N / 1e9:.2f}B active of {total / 1e9:.2f}B"
+        data[name] = ribbon(axes, flops, loss, replica, E, name)
+    axes.axvline(7.9e19, color="#888888", linewidth=0.8, linestyle=":")
+    axes.set(ylabel="loss (nats per token)", title="Equal memory, equal compute (dotted: the paper's runs)")
+    axes.legend()
     return {"flops": flops, "models": data}
 
 
@@ -1107,7 +1096,7 @@ def figure_2(panels: Array, law: Law, draws: Array) -> dict:
     N, data = np.geomspace(1e8, 3e10, 80), {}
     for axes, flops in zip(panels, (1e20, 5e20, 1e21)):
         D = flops / (6 * N)
-        lines = {E: ribbon(axes, N, law.loss(N, D, E), many(draws).loss(N, D, E), E) for E in LABEL}
+        lines = {E: ribbon(axes, N, *(some.loss(N, D, E) for some in (law, many(draws))), E) for E in LABEL}
         n, tokens, best = optimum(law, EXPERTS, flops)
         axes.plot(n, best, "o-", color="black", markersize=3.5, linewidth=0.9)
         axes.set(xlabel="active parameters", ylim=(best.min() - 0.02, best.max() + 0.16),
@@ -1122,7 +1111,7 @@ def figure_3(panels: Array, law: Law, draws: Array) -> dict:
     """The best number of experts as compute grows, at three memories: weights; with cache; with inference paid too."""
     flops, data = np.geomspace(1e19, 1e24, 121), {}
     for axes, title, extra in zip(panels, ("a  memory holds the weights", "b  weights and 32k tokens of cache",
-                                           "c  weights; 100B tokens of inference paid"),
+                                           "c  weights; 100B tokens inferred"),
                                   ({}, {"kv_tokens": 32768}, {"inference_tokens": 1e11})):
         for memory, shade in ((2e9, "#9ecae1"), (5e9, "#4292c6"), (10e9, "#08306b")):
             loss, replica = (optimum(some, EXPERTS[:, None], flops, memory, **extra)[2]
@@ -1144,6 +1133,7 @@ def figure_3(panels: Array, law: Law, draws: Array) -> dict:
 def figure_5(panels: Array, law: Law, draws: Array) -> dict:
     """A fit on its own runs, predicted against observed. The paper's losses are unpublished: these are synthetic."""
     runs, (top, low) = paper_runs(), panels
+    top.set_xscale("linear"), low.set_xscale("linear")
     runs = hold_out(with_noise(runs._replace(L=law.loss(*runs[:3])), 0, NOISE), "loss:30")
     predicted, held = fit(runs).law.loss(*runs[:3]), runs.weight == 0
     for E, (some, marker) in itertools.product(LABEL, ((~held, "o"), (held, "x"))):
@@ -1153,10 +1143,9 @@ def figure_5(panels: Array, law: Law, draws: Array) -> dict:
         low.scatter(predicted[pick], 1000 * (runs.L - predicted)[pick], 9, **look)
     top.axline((3, 3), slope=1, color="#888888", linewidth=0.8, zorder=0)
     low.axhline(0, color="#888888", linewidth=0.8, zorder=0)
-    top.set(xscale="linear", xlabel="", ylabel="observed loss (synthetic)",
-            title="RMSE {:.4f} fitted (o), {:.4f} held out (x)".format(
-                *(rmse((predicted - runs.L)[some]) for some in (~held, held))))
-    low.set(xscale="linear", xlabel="predicted loss (nats per token)", ylabel="residual (millinats)")
+    top.set(xlabel="", ylabel="observed loss (synthetic)", title="RMSE {:.4f} fitted (o), {:.4f} held out (x)".format(
+        *(rmse((predicted - runs.L)[some]) for some in (~held, held))))
+    low.set(xlabel="predicted loss (nats per token)", ylabel="residual (millinats)")
     top.legend(ncol=2)
     return runs._asdict() | {"predicted": predicted}
 

@@ -12,11 +12,11 @@ vocab_size = 264      # 256 bytes and end-of-text, padded to a multiple of 8
 seq_len = 256
 
 micro_batch = 16      # 4,096 tokens a step
-max_steps = 1000
+max_steps = 700
 learning_rate = 3e-3
 schedule = "cosine"
 warmup = 0.05
 
-eval_interval = 100
+eval_interval = 50
 eval_tokens = 65_536
 log_interval = 20

@@ -20,6 +20,13 @@ def run(*args):
     return scaling.main([str(a) for a in args])
 
 
+def result(tmp_path, *args) -> dict:
+    """What a verb writes under --json."""
+    path = tmp_path / "result_of_verb.json"
+    assert run(*args, "--json", path) == 0
+    return json.loads(path.read_text())
+
+
 def fails(capsys, *args) -> str:
     """The one line of an input error, with exit code 2."""
     assert run(*args) == 2
@@ -108,8 +115,7 @@ def test_a_million_points_and_extremes_of_1e30_are_finite():
 
 
 def test_tables_prints_every_erratum_with_its_number(tmp_path, capsys):
-    assert run("tables", "--json", tmp_path / "t.json") == 0
-    saved = json.loads((tmp_path / "t.json").read_text())
+    saved = result(tmp_path, "tables")
     assert len(saved["errata"]) == 8 and len(saved["table_1"]) == 15 and len(saved["table_3"]) == 6
     assert "up to 371%" in capsys.readouterr().out
 
@@ -166,9 +172,7 @@ def test_the_rule_of_thumb_holds_up_to_8_experts_at_a_price():
 
 
 def test_optimum_writes_the_rows_it_prints(tmp_path):
-    path = tmp_path / "o.json"
-    assert run("optimum", "--flops", "1e21", "--memory", "5B", "--switches", "memory", "--json", path) == 0
-    saved = json.loads(path.read_text())
+    saved = result(tmp_path, "optimum", "--flops", "1e21", "--memory", "5B", "--switches", "memory")
     assert set(saved) == {"rows", "best", "switches"}
     assert list(saved["rows"][0]) == ["n_expert", "n_active", "n_total", "tokens", "loss"]
     assert saved["best"] == min(saved["rows"], key=lambda row: row["loss"])["n_expert"]
@@ -181,11 +185,8 @@ def test_a_switch_is_found_where_the_next_model_only_just_begins_to_fit():
 
 
 def test_memory_in_bytes_is_memory_in_parameters_of_the_given_dtype(tmp_path):
-    rows = []
-    for memory, dtype in (("5B", "bf16"), ("10GB", "bf16"), ("20 GB", "fp32")):
-        path = tmp_path / "m.json"
-        assert run("optimum", "--flops", "1e22", "--memory", memory, "--dtype", dtype, "--json", path) == 0
-        rows.append(json.loads(path.read_text())["rows"])
+    rows = [result(tmp_path, "optimum", "--flops", "1e22", "--memory", memory, "--dtype", dtype)["rows"]
+            for memory, dtype in (("5B", "bf16"), ("10GB", "bf16"), ("20 GB", "fp32"))]
     assert rows[0] == rows[1] == rows[2]
 
 
@@ -196,17 +197,17 @@ def test_the_jacobian_is_the_derivative():
     runs, step = noisy(), 1e-6
     surface = Surface(runs)
     p = surface.project(scaling.random_starts(surface, Law(), np.arange(11), 4), runs.weight, np.arange(11))
-    J = surface.jacobian(p, surface(p)[1], np.arange(11))
+    J = surface(p, np.arange(11))[1]
     for i in range(11):
         h = step * np.eye(11)[i]
-        assert np.allclose(J[:, i], (surface(p + h)[0] - surface(p - h)[0]) / (2 * step), atol=1e-7)
+        assert np.allclose(J[:, i], (surface(p + h, [0])[0] - surface(p - h, [0])[0]) / (2 * step), atol=1e-7)
 
 
 def test_centring_is_invertible_and_describes_the_same_law():
     surface = Surface(paper_runs())
     p = surface.centred([Law()])
     assert np.allclose(surface.coefficients(p)[0], Law()[:11], rtol=1e-10)
-    assert np.allclose(surface(p)[0][0], np.log(paper_runs().L), atol=1e-12)
+    assert np.allclose(surface(p, [0])[0][0], np.log(paper_runs().L), atol=1e-12)
 
 
 def test_a_fit_without_noise_returns_the_law():
@@ -244,8 +245,7 @@ def test_three_percent_of_outliers_at_most_double_the_error():
 
 
 def test_ninety_percent_intervals_cover_about_ninety_percent(tmp_path, capsys):
-    assert run("simulate", "--draws", 12, "--json", tmp_path / "s.json") == 0
-    assert 0.8 < json.loads((tmp_path / "s.json").read_text())["mean"]["cover"] < 0.97
+    assert 0.8 < result(tmp_path, "simulate", "--draws", 12)["mean"]["cover"] < 0.97
 
 
 def test_refitting_with_a_weight_of_two_is_refitting_with_the_run_twice():
@@ -266,9 +266,7 @@ def test_held_out_runs_do_not_touch_the_fit():
 
 
 def test_dense_runs_alone_give_the_chinchilla_law(tmp_path, capsys):
-    path = save(tmp_path / "dense.csv", chinchilla())
-    assert run("fit", path, "--bootstrap", 100, "--json", tmp_path / "f.json") == 0
-    saved = json.loads((tmp_path / "f.json").read_text())
+    saved = result(tmp_path, "fit", save(tmp_path / "dense.csv", chinchilla()), "--bootstrap", 100)
     row = saved["per_expert"]["1"] | {"c": saved["c"]}
     for name, true in (("m", 406.4), ("mu", 0.34), ("n", 410.7), ("nu", 0.28), ("c", 1.69)):
         low, high = saved["intervals"]["1"][name]
@@ -301,13 +299,12 @@ def test_fit_reports_intervals_forms_pulls_and_what_is_not_identified(tmp_path, 
 
 
 def test_fit_reads_results_of_training_runs_from_a_folder(tmp_path):
-    runs, law = noisy(2), tmp_path / "f.json"
+    runs = noisy(2)
     for i in range(0, 270, 3):
         (tmp_path / f"r{i}").mkdir()
-        result = dict(zip(("n_active", "tokens", "n_expert", "loss"), (float(v[i]) for v in runs)), name=f"r{i}")
-        (tmp_path / f"r{i}" / "result.json").write_text(json.dumps(result))
-    assert run("fit", tmp_path, "--bootstrap", 50, "--holdout", "compute:10", "--e_max", "290", "--json", law) == 0
-    saved = json.loads(law.read_text())
+        row = dict(zip(("n_active", "tokens", "n_expert", "loss"), (float(v[i]) for v in runs)), name=f"r{i}")
+        (tmp_path / f"r{i}" / "result.json").write_text(json.dumps(row))
+    saved = result(tmp_path, "fit", tmp_path, "--bootstrap", 50, "--holdout", "compute:10", "--e_max", "290")
     assert len(saved["runs"]) == 90 and saved["law"]["e_max"] == 290
 
 
@@ -321,12 +318,12 @@ def test_a_held_out_column_is_honoured(tmp_path):
 
 
 def test_a_plan_becomes_a_config_that_the_trainer_accepts(tmp_path, capsys):
-    config, saved = tmp_path / "planned.py", tmp_path / "plan.json"
-    assert run("plan", "--flops", "1e20", "--gpu", "H100", "--gpus", 8, "--write", config, "--json", saved) == 0
     from train import load_config
-    loaded, best = load_config(str(config), {"device": "cpu"}), json.loads(saved.read_text())
+    config = tmp_path / "planned.py"
+    best = result(tmp_path, "plan", "--flops", "1e20", "--gpu", "H100", "--gpus", 8, "--write", config)
+    loaded = load_config(str(config), {"device": "cpu"})
     E, lean = best["n_expert"], best["n_active_without_embeddings"]
-    assert (loaded.router, loaded.top_k, loaded.renormalize) == ("softmax", 1, False)    # or the gate would learn nothing
+    assert (loaded.router, loaded.top_k, loaded.renormalize) == ("softmax", 1, False)    # see model_config
     assert (loaded.d_model, loaded.n_layer, loaded.n_expert) == (best["d_model"], best["d_model"] // 64, E)
     assert 6 * best["n_active"] * best["tokens"] == pytest.approx(1e20, rel=1e-6)
     assert best["training_bytes"]["total"] <= 80e9 and best["deployed_bytes"] <= 80e9
@@ -348,16 +345,12 @@ def test_the_planned_steps_are_those_that_the_trainer_takes(tmp_path, capsys):
 
 
 def test_a_plan_says_how_far_it_goes_beyond_the_runs_of_its_own_law(tmp_path, capsys):
-    path, law, saved = save(tmp_path / "runs.csv", noisy().take(paper_runs().E < 4)), tmp_path / "f.json", tmp_path / "p"
-    assert run("fit", path, "--bootstrap", 20, "--json", law) == 0
-    assert run("plan", "--flops", "1e20", "--gpu", "H100", "--law", law, "--json", saved) == 0
-    best = json.loads(saved.read_text())
-    runs = json.loads(law.read_text())["runs"]
-    same = [run for run in runs if run["n_expert"] == best["n_expert"]]
-    largest = max((run["n_active"] for run in same), default=None)
-    assert best["beyond_the_runs"]["N"] == (pytest.approx(best["n_active"] / largest) if same else None)
-    assert best["beyond_the_runs"]["flops"] == pytest.approx(
-        1e20 / max(6 * run["n_active"] * run["tokens"] for run in runs), rel=1e-6)
+    runs, law = noisy().take(paper_runs().E < 4), tmp_path / "law.json"
+    assert run("fit", save(tmp_path / "runs.csv", runs), "--bootstrap", 20, "--json", law) == 0
+    best = result(tmp_path, "plan", "--flops", "1e20", "--gpu", "H100", "--law", law)
+    beyond, same = best["beyond_the_runs"], runs.take(best["n_expert"] == runs.E)
+    assert beyond["N"] == (pytest.approx(best["n_active"] / same.N.max()) if len(same.N) else None)
+    assert beyond["flops"] == pytest.approx(1e20 / (6 * runs.N * runs.D).max(), rel=1e-6)
 
 
 def test_the_two_readings_of_equation_7_differ_by_about_2_4_at_width_512():
@@ -408,6 +401,8 @@ def test_a_bad_cell_is_named(tmp_path, capsys, row, said):
 def test_missing_columns_and_files_are_named(tmp_path, capsys):
     (tmp_path / "bad.csv").write_text("n_active,tokens,loss\n1e9,2e10,2.5\n")
     assert "has no n_expert" in fails(capsys, "fit", tmp_path / "bad.csv")
+    (tmp_path / "gap.csv").write_text("n_active,tokens,n_expert,loss\n\n\n1e9,2e10,1,x\n")
+    assert "line 4" in fails(capsys, "fit", tmp_path / "gap.csv")
     (tmp_path / "empty.csv").write_text("n_active,tokens,n_expert,loss\n")
     assert "no runs" in fails(capsys, "fit", tmp_path / "empty.csv")
     assert "cannot be read" in fails(capsys, "fit", tmp_path / "absent.csv")
@@ -452,6 +447,7 @@ def test_bad_holdouts_and_fixed_values_are_refused(tmp_path, capsys):
     assert "below --e_max" in fails(capsys, "fit", path, "--e_start", 9, "--e_max", 3)
     assert "0.05 to 50" in fails(capsys, "fit", path, "--e_start", 60)        # beyond the box the fit would move it
     assert "from 53" in fails(capsys, "fit", path, "--e_max", 20)
+    assert "sets E_start" in fails(capsys, "fit", path, "--e_max", 90, "--form", "expert_count")
 
 
 def test_a_law_without_tokens_has_no_optimum(tmp_path, capsys):
