@@ -147,14 +147,17 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
     params = sizes["total"] if c.tie_embeddings else sizes["total_untied"]
     tokens, wide = micro_batch * c.seq_len, 2 if dtype == "bfloat16" else 4
     query, key = c.n_head * c.d_head, c.n_kv_head * c.d_head
-    residual = 2 * c.d_model * 4 + 2 * c.d_model * max(wide, 4)  # input and norm, twice a block
-    attention = (2 * (query + 2 * key) + 2 * query) * wide  # q k v before and after RoPE, y twice
-    experts = 2 * c.top_k * c.d_expert * wide + (c.n_expert > 1) * 4 * (3 * c.n_expert + 8 * c.top_k)
+    moe = c.n_expert > 1
+    kept = 2 * c.d_model * 4 + 2 * c.d_model * 4                                 # input and norm, twice a block
+    kept += moe * 4 * (3 * c.n_expert + 8 * c.top_k)                             # router scores and plan
+    layer = (2 * (query + 2 * key) + 2 * query) * wide                           # q k v before and after RoPE; y, twice
+    layer += (2 if moe else 4) * c.top_k * c.d_expert * wide                     # pre-activation; a dense one more
     working = c.top_k * (2 * c.d_model + 5 * c.d_expert) * wide                  # gathered rows and their gradients
+    kept, working = (kept, working + layer) if c.recompute else (kept + layer, working)
     table = c.vocab_size * c.d_model * 4
-    logits = 2 * min(LOGIT_BYTES, tokens * c.vocab_size * 4) + 2 * table  # piece, its product; table gradients
+    logits = 2 * min(LOGIT_BYTES, tokens * c.vocab_size * 4) + table             # a piece, its product; its gradient
     parts = {"weights": 4 * params, "gradients": 4 * params, "optimizer": 8 * params,
-             "activations": tokens * (c.n_layer * (residual + attention + experts) + working), "logits": logits}
+             "activations": tokens * (c.n_layer * kept + working), "logits": logits}
     return parts | {"total": sum(parts.values())}
 
 
