@@ -95,8 +95,7 @@ def clock(run: Callable) -> float:
 
 
 def take_turns(candidates: dict[str, Callable], seconds: float = 4.0) -> dict[str, list[float]]:
-    """Times of each candidate over as many rounds as fit the seconds (at least 5), after two unmeasured rounds."""
-    spent = sum(clock(run) for run in candidates.values())
+    """Times of each candidate over as many rounds as fit the seconds (at least 5), after an unmeasured round."""
     spent = sum(clock(run) for run in candidates.values())
     rounds = min(200, max(5, int(seconds * len(candidates) / spent)))
     times = {name: [] for name in candidates}
@@ -409,9 +408,9 @@ def their_tokens(theirs, kind: str, prompt, n_token: int):
 def bench_memory(args) -> dict:
     path = args.config or ("configs/large_moe_1p3b.py" if GPU else "configs/tiny.py")
     config, rows = load_config(path), []
-    grid = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1))
-    for micro_batch, scale in grid:
-        seq_len = config.seq_len * scale // 2
+    half, full = config.seq_len // 2, config.seq_len
+    grid = [(1, half), (1, full), (2, half), (2, full), (4, half), (4, full), (8, half)]
+    for micro_batch, seq_len in [tuple(map(int, args.cell.split(",")))] if args.cell else grid:
         command = [sys.executable, __file__, "cell", "--config", path, "--cell", f"{micro_batch},{seq_len}"]
         done = subprocess.run(command, capture_output=True, text=True)
         estimate = memory(replace(config, seq_len=seq_len), micro_batch, config.dtype)["total"]
@@ -493,12 +492,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", help="a config file instead of the built-in sizes")
     parser.add_argument("--peers", action="store_true", help="also time transformers' Qwen3-MoE")
     parser.add_argument("--json", help="write the results here, and a figure beside it")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--cell", help="memory: only this batch,context, such as 1,512")
     args = parser.parse_args(argv)
     if args.what == "draw":
         require(bool(args.file) and Path(args.file).is_file(), "draw needs the path of a JSON that bench.py wrote")
         return draw(args.file)
-    if args.what == "cell":
+    if args.what == "cell":                               # what `memory` starts, a process a cell
         return memory_cell(args)
     where = conditions()
     print(", ".join(f"{k} {v}" for k, v in where.items()))

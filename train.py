@@ -38,7 +38,7 @@ import time
 import types
 import typing
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -628,7 +628,7 @@ def train(config: Config) -> int:
 
     for step in range(start, last):
         if step % config.eval_interval == 0:
-            log.evaluation(step, *evaluate(step_model, val, config, token_bytes))
+            log.evaluation(step, lambda: evaluate(step_model, val, config, token_bytes))
         torch.manual_seed(config.seed * 1_000_003 + step)      # whatever draws at this step draws the same again
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, last)
@@ -660,8 +660,7 @@ def train(config: Config) -> int:
             print(f"stopped by {stop[0]} after step {step}: saved; the same command continues")
             return 0
 
-    final = evaluate(step_model, val, config, token_bytes)
-    log.evaluation(last, *final)
+    final = log.evaluation(last, lambda: evaluate(step_model, val, config, token_bytes))
     finish(config, model, tokenizer, log, last, final)
     return 0
 
@@ -711,7 +710,7 @@ class Log:
         self.config, self.last, self.seconds = config, last, seconds
         self.pending, self.skipped, self.skipped_in_a_row, self.tokens_per_s = [], skipped, 0, 0.0
         self.flops, self.peak = count(config)["flops_per_token"], peak_flops(config)
-        self.clock = time.perf_counter()
+        self.clock, self.elapsed = time.perf_counter(), 0.0                 # seconds of training since the last flush
         self.path = Path(config.out_dir) / "log.jsonl"
 
     def write(self, line: dict) -> None:
@@ -719,11 +718,15 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def evaluation(self, step: int, ce: float, bits: float) -> None:
+    def evaluation(self, step: int, evaluate: Callable) -> tuple[float, float]:
+        """Evaluate and write it down; the time it takes is no training time."""
+        self.elapsed += time.perf_counter() - self.clock
+        ce, bits = evaluate()
         self.write({"step": step, "tokens": position(self.config, step)[0], "seconds": self.seconds,
                     "val_ce": ce, "val_bits_per_byte": bits})
         print(f"step {step:6d} validation {ce:.4f} nats a token, {bits:.4f} bits a byte", flush=True)
-        self.clock = time.perf_counter()                                    # evaluation is not training time
+        self.clock = time.perf_counter()
+        return ce, bits
 
     def step(self, step: int, tokens: int, parts: list, norm: torch.Tensor, optimizer, n_bytes: int) -> None:
         losses = torch.stack([p[0] for p in parts]).mean(0)
@@ -735,7 +738,8 @@ class Log:
             return
         rows = [(step, tokens, losses.tolist(), {k: v.tolist() for k, v in stats.items()}, float(norm), lr, n_bytes)
                 for step, tokens, losses, stats, norm, lr, n_bytes in self.pending]
-        elapsed, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        elapsed, self.elapsed = self.elapsed + time.perf_counter() - self.clock, 0.0
+        self.clock = time.perf_counter()
         first = position(self.config, rows[0][0])[0]
         self.tokens_per_s, self.seconds, self.pending = (rows[-1][1] - first) / elapsed, self.seconds + elapsed, []
         rate = self.flops * self.tokens_per_s
@@ -819,23 +823,25 @@ def read_log(out: Path) -> list[dict]:
 
 
 def draw_loss(runs: list[Path], path: Path) -> None:
-    """Cross-entropy of one run or several, by training tokens and by training seconds."""
+    """Cross-entropy of one run or several, by training tokens and by training seconds; the first plunge is cut off."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    top = 0.0
     for i, out in enumerate(runs):
         steps, evals = ([x for x in read_log(out) if x.get(name) is not None] for name in ("ce", "val_ce"))
-        width = max(1, len(steps) // 50)
-        smooth = np.convolve([x["ce"] for x in steps], np.ones(width) / width, "valid")
+        tokens, ce = [x["tokens"] for x in steps], np.array([x["ce"] for x in steps])
+        width, top = max(1, len(steps) // 50), max(top, float(np.quantile(ce, 0.93)))
+        smooth = np.convolve(ce, np.ones(width) / width, "valid")
+        axes[0].plot(tokens, ce, color=f"C{i}", alpha=0.15, linewidth=0.6)
+        axes[0].plot(tokens[width - 1:], smooth, color=f"C{i}", alpha=0.6, linewidth=0.9)
         last = f"{out.name}: {evals[-1]['val_ce']:.3f}"
         for axis, key in zip(axes, ("tokens", "seconds")):
-            axis.plot([x[key] for x in steps], [x["ce"] for x in steps], color=f"C{i}", alpha=0.15, linewidth=0.6)
-            axis.plot([x[key] for x in steps][width - 1:], smooth, color=f"C{i}", linewidth=0.9, alpha=0.6)
             axis.plot([x[key] for x in evals], [x["val_ce"] for x in evals], "o-", color=f"C{i}", ms=3.5, label=last)
     for axis, label in zip(axes, ("training tokens", "training seconds")):
         axis.set(xlabel=label)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set(ylabel="cross-entropy, nats per token")
-    axes[0].legend(frameon=False, title="validation (dots), at the end")
+    axes[0].set(ylabel="cross-entropy, nats per token", ylim=(None, 1.05 * top))
+    axes[0].legend(frameon=False, title="validation (dots) at the end; thin: training")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

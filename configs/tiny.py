@@ -13,7 +13,7 @@ vocab_size = 264      # 256 bytes and end-of-text, padded to a multiple of 8
 seq_len = 256
 
 micro_batch = 16      # 4,096 tokens a step
-max_steps = 700
+max_steps = 600
 learning_rate = 3e-3
 schedule = "cosine"
 warmup = 0.05
