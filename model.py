@@ -36,6 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from router import POLICIES, combine, constexpr, gather, jit, route, tl, triton, use_kernels
@@ -150,7 +151,7 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
     moe = c.n_expert > 1
     kept = 2 * c.d_model * 4 + 2 * c.d_model * 4                                 # input and norm, twice a block
     kept += moe * 4 * (3 * c.n_expert + 8 * c.top_k)                             # router scores and plan
-    layer = (2 * (query + 2 * key) + 2 * query) * wide                           # q k v before and after RoPE; y, twice
+    layer = (2 * (query + 2 * key) + 2 * query) * wide                           # q k v; q k with RoPE; y, twice
     layer += (2 if moe else 4) * c.top_k * c.d_expert * wide                     # pre-activation; a dense one more
     working = c.top_k * (2 * c.d_model + 5 * c.d_expert) * wide                  # gathered rows and their gradients
     kept, working = (kept, working + layer) if c.recompute else (kept + layer, working)
@@ -290,8 +291,8 @@ def one_token(x: Tensor, weights: list[float], experts: list[int], w_in: Tensor,
     """The layer for a single token x (D,) of text being written on a CPU: K matrix-vector products, no rows to sort."""
     y = torch.zeros_like(x)
     for weight, e in zip(weights, experts):
-        gate, up = (w_in[e] @ x).chunk(2)
-        y.addmv_(w_out[e], F.silu(gate).mul_(up), alpha=weight)
+        gate, up = (w_in[e].to(x.dtype) @ x).chunk(2)
+        y.addmv_(w_out[e].to(x.dtype), F.silu(gate).mul_(up), alpha=weight)
     return y
 
 
@@ -314,7 +315,7 @@ class Experts(torch.autograd.Function):
     def forward(ctx, x, weights, w_in, w_out, token, slot, offsets, keep):
         weight = weights.flatten()[token].unsqueeze(1).to(x.dtype)                     # (R, 1)
         w2, h = w_out.to(x.dtype), pre_activation(x, w_in, token, slot, offsets)
-        if has_grouped_mm(x):
+        if has_grouped_mm(x, w_out.shape[2]):
             y = F.grouped_mm(swiglu(h, weight), w2.transpose(1, 2), offs=offsets)      # (R, D)
         else:
             y = x.new_empty(len(token), x.shape[1])
@@ -329,7 +330,7 @@ class Experts(torch.autograd.Function):
         h = pre_activation(x, w_in, token, slot, offsets) if h is None else h
         weight = weights.flatten()[token].unsqueeze(1).to(x.dtype)                     # (R, 1)
         w1, w2, dy = w_in.to(x.dtype), w_out.to(x.dtype), dy.to(x.dtype)
-        if has_grouped_mm(x):
+        if has_grouped_mm(x, w_out.shape[2]):
             dy = gather(dy, slot)  # (R, D)
             dh, a, dweight = swiglu_backward(h, F.grouped_mm(dy, w2, offs=offsets), weight)
             dw1 = F.grouped_mm(dh.t(), gather(x, slot), offs=offsets)  # (E, 2F, D)
@@ -351,7 +352,7 @@ class Experts(torch.autograd.Function):
 def pre_activation(x: Tensor, w_in: Tensor, token: Tensor, slot: Tensor, offsets: Tensor) -> Tensor:
     """h (R, 2F): each row of x (N, D) through the first matrix of its expert, in expert order."""
     w1 = w_in.to(x.dtype)
-    if has_grouped_mm(x):
+    if has_grouped_mm(x, w_in.shape[1] // 2):
         return F.grouped_mm(gather(x, slot), w1.transpose(1, 2), offs=offsets)
     h, source = x.new_empty(len(token), w1.shape[1]), token // slot.shape[1]           # (R,) the token of each row
     for e, rows in blocks(offsets):
@@ -413,9 +414,11 @@ def swiglu_bwd(h, weight, da, dh, a, dweight, width, BLOCK: constexpr):
     tl.store(dh + row * 2 * width + width + f, (d * w * silu).to(dh.dtype.element_ty), f < width)
 
 
-def has_grouped_mm(x: Tensor) -> bool:
+def has_grouped_mm(x: Tensor, width: int) -> bool:
     """grouped_mm is one fast kernel for bf16 from Hopper on; elsewhere a loop of mm over contiguous rows beats it."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    aligned = x.shape[1] % 8 == 0 and width % 8 == 0                   # it wants rows of whole 16 bytes
+    return (aligned and x.is_cuda and x.dtype == torch.bfloat16
+            and torch.cuda.get_device_capability(x.device) >= (9, 0))
 
 
 def blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
@@ -482,8 +485,10 @@ class Model(nn.Module):
         if targets is None:
             return Output(F.linear(x, self.head_weight), None, None, None, stats)
         x = x.flatten(0, 1)
-        ce = LinearCrossEntropy.apply(x.to(compute_dtype(x)), self.head_weight, targets.flatten())
-        balance, z = (torch.stack([r.losses[name] for r in routings]).mean() if routings else ce.new_zeros(())
+        ce = LinearCrossEntropy.apply(x.to(compute_dtype(x)), self.head_weight, targets.flatten(),
+                                      torch.is_grad_enabled())
+        found = [r.losses for r in routings if r.losses]
+        balance, z = (torch.stack([losses[name] for losses in found]).mean() if found else ce.new_zeros(())
                       for name in ("balance", "z"))
         return Output(None, ce, balance, z, stats)
 
@@ -541,32 +546,36 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, learn):
         n, w = len(x), weight.detach().to(x.dtype)
+        for_x, for_weight = (learn and needed for needed in ctx.needs_input_grad[:2])
         step = max(1, LOGIT_BYTES // (4 * len(w)))
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros(weight.shape, device=x.device) if ctx.needs_input_grad[1] else None
+        dx = torch.empty_like(x) if for_x else None
+        dweight = torch.zeros(weight.shape, device=x.device) if for_weight else None
         for start in range(0, n, step):
             rows = slice(start, start + step)
             logits = (x[rows] @ w.t()).float()                                   # (step, V)
             target = targets[rows, None]
             lse = logits.logsumexp(-1, keepdim=True)
             total += (lse - logits.gather(1, target)).sum()
-            if dx is not None:
+            if for_x or for_weight:
                 p = logits.sub_(lse).exp_()                                                      # softmax, in place
                 p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))            # minus one_hot
                 p = (p / n).to(x.dtype)
-                dx[rows] = p @ w
-                dweight += p.t() @ x[rows]
+                if for_x:
+                    dx[rows] = p @ w
+                if for_weight:
+                    dweight += p.t() @ x[rows]
         ctx.grads = dx, dweight
         return total / n
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        dx, dweight = ctx.grads
-        ctx.grads = None                                              # scaled in place, so they can be handed out once
-        return dx.mul_(grad), dweight.mul_(grad), None
+        assert ctx.grads is not None, "the loss's gradients are scaled in place: call backward once"
+        grads, ctx.grads = ctx.grads, None
+        return *(None if g is None else g.mul_(grad) for g in grads), None, None
 
 
 # --- Hugging Face checkpoints ---------------------------------------------------------------------------------------
@@ -629,6 +638,7 @@ def to_hf(model: Model, folder: str | Path) -> None:
     require(c.qk_norm, "qk_norm = False cannot be exported: transformers' Qwen3 always normalises queries and keys")
     require(c.router == "softmax", f"router = {c.router!r} cannot be exported: transformers' Qwen3-MoE has softmax")
     config = {theirs: getattr(c, ours) for ours, theirs in HF_FIELDS.items()} | HF_UNSUPPORTED
+    config["router_aux_loss_coef"] = c.aux_coef / c.top_k              # their balance loss is K times ours
     config |= {"model_type": "qwen3_moe" if moe else "qwen3", "intermediate_size": c.d_expert, "dtype": "float32",
                "architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"], "rope_theta": c.rope_base,
                "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base}}
@@ -664,33 +674,41 @@ def from_hf(folder: str | Path) -> Model:
 
 def hf_config(folder: Path) -> ModelConfig:
     require((folder / "config.json").is_file(), f"{folder} has no config.json: is it a checkpoint folder?")
-    hf = json.loads((folder / "config.json").read_text())
+    try:
+        hf = json.loads((folder / "config.json").read_text())
+    except ValueError:
+        raise BadInput(f"{folder}/config.json is no JSON") from None
     kind = hf.get("model_type")
     where = f"in {folder}/config.json"
     require(kind in ("qwen3_moe", "qwen3"), f"model_type {kind!r} {where}; qwen3_moe and qwen3 are read here")
     if kind == "qwen3":
-        hf = hf | {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": hf["intermediate_size"]}
+        hf = hf | {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": hf.get("intermediate_size")}
     for name, only in HF_UNSUPPORTED.items():
         value = hf.get(name, only)
         require(value == only or (not value and not only), f"{name} = {value} {where}; only {only} is read here")
-    rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {})}
+    rope = {"rope_theta": hf.get("rope_theta")} | (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
+    require(rope["rope_theta"] is not None, f"rope_theta missing {where}")
+    require(rope.get("partial_rotary_factor", 1) == 1, f"partial_rotary_factor {where}; only 1 is read here")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     require(rope_type == "default", f"rope_type {rope_type!r} {where}; only 'default' is read here")
     hf.setdefault("num_experts", hf.get("num_local_experts"))
-    hf.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
+    if hf.get("head_dim") is None and hf.get("hidden_size") and hf.get("num_attention_heads"):
+        hf["head_dim"] = hf["hidden_size"] // hf["num_attention_heads"]
     known = {ours: hf[theirs] for ours, theirs in HF_FIELDS.items() if hf.get(theirs) is not None}
     missing = [HF_FIELDS[ours] for ours in HF_FIELDS if ours.startswith(("n_", "d_", "vocab")) and ours not in known]
     require(not missing, f"{', '.join(missing)} missing {where}")
+    if "aux_coef" in known:
+        known["aux_coef"] *= known["top_k"]                            # see to_hf
     seq_len = min(ModelConfig.seq_len, known.get("max_seq_len", ModelConfig.seq_len))
     config = ModelConfig(**{"renormalize": False, "tie_embeddings": False} | known, seq_len=seq_len,
-                         rope_base=float(rope["rope_theta"] or 1e6))
+                         rope_base=float(rope["rope_theta"]))
     config.validate()
     return config
 
 
 def hf_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the folder, memory-mapped, from model.safetensors or from the shards its index names."""
-    load_file = optional("safetensors.torch").load_file
+    load_file, broken = optional("safetensors.torch").load_file, optional("safetensors").SafetensorError
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
@@ -698,7 +716,10 @@ def hf_tensors(folder: Path) -> dict[str, Tensor]:
     tensors = {}
     for file in files:
         require((folder / file).is_file(), f"{folder} lacks {file}")
-        tensors |= load_file(folder / file)
+        try:
+            tensors |= load_file(folder / file)
+        except broken as error:
+            raise BadInput(f"{folder / file} cannot be read: {error}") from None
     return tensors
 
 
@@ -810,7 +831,10 @@ def write_text(model: Model, tokenizer, prompt: str, n_token: int, **sampling) -
     for token in generate(model, torch.tensor([ids]), n_token, n_vocab=tokenizer.n_vocab, **sampling):
         if token == tokenizer.eot_token:
             break
-        yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))
+        try:
+            yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))
+        except KeyError:                                              # an id between ranks and special tokens
+            yield "\ufffd"
     yield decoder.decode(b"", final=True)
 
 
@@ -821,7 +845,7 @@ def load_run(folder: str | Path, device: str = "cpu"):
         require((folder / file).is_file(), f"{folder} has no {file}: train it first, or check the path")
     config = json.loads((folder / "config.json").read_text())
     model = Model(ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)}))
-    checkpoint = torch.load(folder / "ckpt.pt", map_location=device, weights_only=True, mmap=True)
+    checkpoint = torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True, mmap=True)
     model.load_state_dict(checkpoint["model"])
     return model.to(device).eval(), load_tokenizer(config["tokenizer"]), config
 
@@ -882,7 +906,10 @@ def run_script(main) -> None:
     try:
         main(sys.argv[1:])
     except BadInput as error:
-        sys.exit(print(f"error: {error}".replace("\n", " "), file=sys.stderr) or 2)
+        print(f"error: {error}".replace("\n", " "), file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(130)
 
 
 if __name__ == "__main__":

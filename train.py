@@ -155,7 +155,8 @@ def load_config(path: str, overrides: dict | None = None) -> Config:
     require(kind in ("cpu", "cuda", "mps") and (number.isdigit() or ":" not in config.device),
             f"device = {config.device!r} must be cpu, cuda, cuda:N or mps")
     require(kind != "mps" or torch.backends.mps.is_available(), f"device = {config.device!r} is not on this machine")
-    require(kind != "cuda" or gpu, f"device = {config.device!r}, but this machine has no CUDA GPU: use device = 'cpu'")
+    require(kind != "cuda" or int(number or 0) < torch.cuda.device_count(),
+            f"device = {config.device!r}: this machine has {torch.cuda.device_count()} CUDA GPUs; use device = 'cpu'")
     config.dtype = ("bfloat16" if kind == "cuda" else "float32") if config.dtype == "auto" else config.dtype
     config.validate()
     return config
@@ -189,8 +190,8 @@ def parse_command_line(argv: list[str]) -> Config:
         text = f"{meaning[f.name]} (default {f.default!r})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", nargs="?", const="True", metavar=f.name.upper(), help=text)
     args, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        require(False, f"unknown argument {word}{closest(word.lstrip('-').partition('=')[0], TYPES)}")
+    if unknown:
+        raise BadInput(f"unknown argument {unknown[0]}{closest(unknown[0].lstrip('-').partition('=')[0], TYPES)}")
     given = {name: value for name, value in vars(args).items() if name != "config" and value is not None}
     return load_config(args.config, {name: literal(name, value) for name, value in given.items()})
 
@@ -370,10 +371,11 @@ def fingerprint(blocks: Blocks) -> int:
     return zlib.crc32(b"".join([lengths, *(a[:2**20].tobytes() for a in blocks.arrays)]))
 
 
-def check_ids(blocks: Blocks, vocab_size: int) -> None:
+def check_ids(blocks: Blocks, config: Config) -> None:
     """Stop before training if any token has no row in the embedding."""
     top = max(int(a[i:i + 2**24].max()) for a in blocks.arrays for i in range(0, len(a), 2**24))
-    require(top < vocab_size, f"the data holds token {top}: set vocab_size = {vocab_size} to at least {top + 1}")
+    require(top < config.vocab_size,
+            f"the data holds token {top}: set vocab_size = {config.vocab_size} to at least {top + 1}")
 
 
 # --- what step s is made of -----------------------------------------------------------------------------------------
@@ -467,7 +469,7 @@ def open_run(config: Config, data: int) -> dict | None:
         then = json.loads((out / "config.json").read_text()) if there or (out / "config.json").is_file() else now
         state = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True) if there else None
         changed = [f"{k} {then.get(k)!r} -> {v!r}" for k, v in now.items() if k not in MAY_CHANGE and then.get(k) != v]
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+    except Exception as error:                                      # whatever a damaged file makes torch.load raise
         raise BadInput(f"out_dir {config.out_dir[:200]}: its config.json or ckpt.pt cannot be read ({error}): "
                        "give another out_dir, or --overwrite to start anew") from None
     require(not changed, f"{out} holds a run with another config ({'; '.join(changed)}): give another out_dir, "
@@ -525,8 +527,8 @@ def peak_flops(config: Config) -> float | None:
     """Peak rate of the device in the run's precision, None if no data sheet is listed above: MFU is then n/a."""
     if not config.device.startswith("cuda") or config.dtype != "bfloat16":
         return None
-    name = torch.cuda.get_device_name(config.device)
-    return next((rate for key, rate in PEAK_BF16.items() if key in name), None)
+    words = torch.cuda.get_device_name(config.device).replace("-", " ").split()
+    return next((rate for key, rate in PEAK_BF16.items() if key in words), None)
 
 
 def free_memory(device: str) -> int:
@@ -601,8 +603,8 @@ def train(config: Config) -> int:
     arrays = prepare(config, tokenizer)
     blocks = Blocks(arrays[0], config.seq_len, "the training text")
     val = Blocks(arrays[1], config.seq_len, "the validation text")
-    check_ids(blocks, config.vocab_size)
-    check_ids(val, config.vocab_size)
+    check_ids(blocks, config)
+    check_ids(val, config)
     need, free = check_memory(config)
     state = open_run(config, fingerprint(blocks))                           # nothing was written to out_dir before this
     last = total_steps(config)
@@ -611,6 +613,8 @@ def train(config: Config) -> int:
         print(f"{config.out_dir} is finished after {last} steps; --overwrite starts anew")
         return 0
 
+    if config.device.startswith("cuda"):
+        torch.cuda.set_device(config.device)                                # Triton launches on the current device
     model = Model(config).init_weights(config.seed).to(config.device)
     groups, betas = parameter_groups(model, config.weight_decay), (config.beta1, config.beta2)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
@@ -621,10 +625,10 @@ def train(config: Config) -> int:
         start, seconds, skipped = state["step"], state["seconds"], state["skipped"]
         print(f"continuing at step {start} of {last}")
     del state
-    step_model = torch.compile(model) if config.compile else model
+    step_model = torch.compile(model, dynamic=False) if config.compile else model     # shapes never change
     token_bytes = bytes_per_token(tokenizer, config.vocab_size)
     log, batches, stop = Log(config, last, seconds, skipped), Batches(blocks, config), catch_signals()
-    out, every = Path(config.out_dir), lambda interval: (step + 1) % interval == 0 or step + 1 == last or stop
+    out, every = Path(config.out_dir), lambda interval: (step + 1) % interval == 0 or step + 1 == last or stopping
 
     for step in range(start, last):
         if step % config.eval_interval == 0:
@@ -642,22 +646,25 @@ def train(config: Config) -> int:
             (loss / n_micro).backward()
             parts.append((torch.stack([o.ce, o.balance, o.z]).detach(), o.stats))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        norm = norm + 0 * sum(losses.sum() for losses, _ in parts)          # not finite if any loss is not
         optimizer.found_inf = (~norm.isfinite()).float()      # at 1 the fused step leaves the weights alone: a bad
         optimizer.step()                                      # step is skipped and the GPU is not asked
         optimizer.zero_grad(set_to_none=True)
         log.step(step, tokens + batch, parts, norm, optimizer, n_bytes)
 
+        stopping = list(stop)                                               # looked at once a step: save all or nothing
         if every(config.log_interval) or every(config.checkpoint_interval):
             log.flush()
-            if log.skipped_in_a_row >= 10:
+            if log.longest_streak >= 10:
                 print(f"error: ten steps in a row were not finite, stopping at step {step}; the checkpoint in {out} is "
                       "the last good one: try a lower learning_rate", file=sys.stderr)
                 return 1
         if every(config.checkpoint_interval) and (log.skipped_in_a_row == 0 or step + 1 == last):
             save_checkpoint(out / "ckpt.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                               "step": step + 1, "seconds": log.seconds, "skipped": log.skipped})
-        if stop and step + 1 < last:
-            print(f"stopped by {stop[0]} after step {step}: saved; the same command continues")
+        if stopping and step + 1 < last:
+            what = "saved" if log.skipped_in_a_row == 0 else "the checkpoint before its last, not finite, steps is kept"
+            print(f"stopped by {stopping[0]} after step {step}: {what}; the same command continues")
             return 0
 
     final = log.evaluation(last, lambda: evaluate(step_model, val, config, token_bytes))
@@ -709,6 +716,7 @@ class Log:
     def __init__(self, config: Config, last: int, seconds: float, skipped: int):
         self.config, self.last, self.seconds = config, last, seconds
         self.pending, self.skipped, self.skipped_in_a_row, self.tokens_per_s = [], skipped, 0, 0.0
+        self.longest_streak = 0
         self.flops, self.peak = count(config)["flops_per_token"], peak_flops(config)
         self.clock, self.elapsed = time.perf_counter(), 0.0                 # seconds of training since the last flush
         self.path = Path(config.out_dir) / "log.jsonl"
@@ -746,6 +754,7 @@ class Log:
         for step, tokens, (ce, balance, z), stats, norm, lr, n_bytes in rows:
             bad = not math.isfinite(norm)
             self.skipped, self.skipped_in_a_row = self.skipped + bad, (self.skipped_in_a_row + 1) * bad
+            self.longest_streak = max(self.longest_streak, self.skipped_in_a_row)
             bits = ce * (tokens - position(self.config, step)[0]) / math.log(2) / max(n_bytes, 1)
             line = {"step": step, "tokens": tokens, "ce": ce, "bits_per_byte": bits, "balance": balance, "z": z,
                     "lr": lr, "grad_norm": norm, "skipped": self.skipped, "tokens_per_s": self.tokens_per_s,
@@ -789,8 +798,8 @@ def finish(config: Config, model: Model, tokenizer, log: Log, last: int, final: 
         "dataset": config.dataset, "tokenizer": config.tokenizer, "device": device_name(config.device),
         "dtype": config.dtype, "torch": torch.__version__, "python": platform.python_version(),
     }
-    (out / "result.json").write_text(json.dumps(result, indent=1))
     draw_figures(out)
+    write_text_file(out / "result.json", json.dumps(result, indent=1))      # last: it says that the run is finished
     figures = "loss.png, experts.png" if config.n_expert > 1 else "loss.png"
     print(f"done: {final[0]:.4f} nats a token, {final[1]:.4f} bits a byte after {tokens:,} tokens in {log.seconds:.0f} "
           f"s; {out}/ holds result.json, {figures}")

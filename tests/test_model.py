@@ -151,7 +151,8 @@ def test_balance_loss_is_transformers_divided_by_top_k(pair):
 def test_export_and_import_return_the_same_weights(pair):
     ours, _, folder = pair
     again = from_hf(folder)
-    assert vars(again.config) | {"seq_len": 24} == vars(ours.config)
+    assert vars(again.config) | {"seq_len": 24, "aux_coef": 0.01} == vars(ours.config)
+    assert again.config.aux_coef == pytest.approx(0.01)              # in the file a K-th of it
     for (name, a), b in zip(ours.named_parameters(), again.parameters()):
         assert torch.equal(a, b), name
 
@@ -199,6 +200,10 @@ WRONG = {
     "another architecture": (lambda t: None, {"model_type": "llama"}, "qwen3_moe"),
     "biases in attention": (lambda t: None, {"attention_bias": True}, "attention_bias"),
     "stretched positions": (lambda t: None, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "yarn"),
+    "positions turned in part": (lambda t: None, {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+                                 "partial"),
+    "no rotary base": (lambda t: None, {"rope_parameters": None, "rope_theta": None}, "rope_theta missing"),
+    "no width": (lambda t: None, {"hidden_size": None}, "hidden_size missing"),
     "dense layers between": (lambda t: None, {"decoder_sparse_step": 2}, "decoder_sparse_step"),
 }
 
@@ -267,7 +272,7 @@ def test_chunked_cross_entropy_is_the_plain_one_in_loss_and_gradients(budget, mo
     torch.manual_seed(0)
     x, w = torch.randn(33, 16, requires_grad=True), torch.randn(97, 16, requires_grad=True)
     y = torch.randint(0, 97, (33,))
-    loss = LinearCrossEntropy.apply(x, w, y)
+    loss = LinearCrossEntropy.apply(x, w, y, True)
     (3 * loss).backward()
     dx, dw = x.grad, w.grad
     x.grad = w.grad = None
@@ -276,6 +281,29 @@ def test_chunked_cross_entropy_is_the_plain_one_in_loss_and_gradients(budget, mo
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(dx, x.grad)
     torch.testing.assert_close(dw, w.grad)
+
+
+def test_chunked_cross_entropy_gives_a_frozen_head_or_a_frozen_body_no_gradient():
+    for frozen in ("x", "weight"):
+        torch.manual_seed(0)
+        x, w, y = torch.randn(9, 16), torch.randn(97, 16), torch.randint(0, 97, (9,))
+        learns = (w if frozen == "x" else x).requires_grad_()
+        LinearCrossEntropy.apply(x, w, y, True).backward()
+        expected = torch.autograd.grad(F.cross_entropy(x @ w.t(), y), learns)[0]
+        torch.testing.assert_close(learns.grad, expected)
+
+
+def test_the_loss_can_be_asked_for_in_inference_mode():
+    model, x = Model(small()).init_weights(0), tokens(2, 24)
+    expected = model(x, x).ce.item()
+    with torch.inference_mode():
+        assert model(x, x).ce.item() == pytest.approx(expected)
+
+
+def test_bfloat16_autocast_writes_text_too():
+    model = Model(small()).init_weights(0).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert len(list(generate(model, tokens(1, 4), 3, temperature=0))) == 3
 
 
 def test_weights_start_at_the_tables_standard_deviations():
