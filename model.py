@@ -79,7 +79,7 @@ class ModelConfig:
     aux_coef: float = 0.01        # weight of the load-balancing loss
     z_coef: float = 0.001         # weight of the router z-loss
     recompute: bool = False       # attention and expert activations made again in backward; routing kept
-    init_scale: float = 1.0       # weights start at std sqrt(init_scale / fan_in), cut at two std
+    init_scale: float = 1.0       # weights start at std sqrt(init_scale / fan_in): table in init_std
 
     def validate(self) -> None:
         """Raise BadInput at the first value no model can have."""

@@ -73,7 +73,7 @@ class Config(ModelConfig):
     out_dir: str = ""                    # where the run is kept; empty: out/ and the config file's name
     seed: int = 1                        # of the initial weights and the order of the data
     max_steps: int = 1000                # optimizer steps
-    max_tokens: int | None = None        # stop at this many training tokens if max_steps does not come first
+    max_tokens: int | None = None        # stop at the first step that reaches this many tokens, if sooner
     batch_tokens: int | list | None = None  # tokens a step, or a ramp [(from token, tokens)]; None: one micro-batch
     micro_batch: int = 8                 # sequences in one forward pass; gradients accumulate up to batch_tokens
     learning_rate: float = 1e-3          # the peak
@@ -366,7 +366,7 @@ class Blocks:
 
 
 def fingerprint(blocks: Blocks) -> int:
-    """Changes when the training text does: a checksum of the shards' lengths and of where each begins."""
+    """Notices another corpus, not every edit: a checksum of the shards' lengths and of where each begins."""
     lengths = repr([len(a) for a in blocks.arrays]).encode()
     return zlib.crc32(b"".join([lengths, *(a[:2**20].tobytes() for a in blocks.arrays)]))
 
@@ -452,7 +452,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
     partial.replace(path)
 
 
-RUN_FILES = ("config.json", "log.jsonl", "ckpt.pt", "result.json", "loss.png", "experts.png")
+RUN_FILES = ("config.json", "log.jsonl", "ckpt.pt", "result.json", "loss.png", "experts.png")      # and an empty lock
 MAY_CHANGE = {"overwrite", "out_dir", "log_interval", "checkpoint_interval"}     # they leave the run's numbers alone
 
 
@@ -469,6 +469,8 @@ def open_run(config: Config, data: int) -> dict | None:
         then = json.loads((out / "config.json").read_text()) if there or (out / "config.json").is_file() else now
         state = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True) if there else None
         changed = [f"{k} {then.get(k)!r} -> {v!r}" for k, v in now.items() if k not in MAY_CHANGE and then.get(k) != v]
+    except BadInput:
+        raise
     except Exception as error:                                      # whatever a damaged file makes torch.load raise
         raise BadInput(f"out_dir {config.out_dir[:200]}: its config.json or ckpt.pt cannot be read ({error}): "
                        "give another out_dir, or --overwrite to start anew") from None
@@ -903,7 +905,9 @@ def redraw(runs: list[Path]) -> None:
         require({"ce", "val_ce"} <= logged, f"the run in {out} has too little in its log to draw")
         draw_figures(out)
     if len(runs) > 1:
-        draw_loss(runs, runs[0].parent / f"{'-'.join(out.name for out in runs)}.png")
+        path = runs[0].parent / f"{'-'.join(out.name for out in runs)}.png"
+        draw_loss(runs, path)
+        print(f"drew {path}, and the figures in {', '.join(map(str, runs))}")
 
 
 if __name__ == "__main__":
