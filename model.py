@@ -17,7 +17,8 @@ Axes, here and in router.py:
     F width of one expert   R = N * K routed rows   V vocabulary
 
     python model.py configs/tiny.py [--json]         sizes, FLOPs and memory of a config
-    python model.py out/tiny --prompt "def " [...]   text from a trained run
+    python model.py out/tiny --prompt "def " [...]   text from a trained run, or from a Hugging Face folder
+    python model.py out/tiny --routing "text"        a picture of which expert each token of a text, or file, visits
 """
 
 import argparse
@@ -39,7 +40,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from router import POLICIES, combine, constexpr, gather, jit, route, tl, triton, use_kernels
+from router import (
+    POLICIES,
+    Context,
+    Routing,
+    combine,
+    constexpr,
+    gather,
+    jit,
+    route,
+    tl,
+    triton,
+    update_bias,
+    use_kernels,
+)
 
 
 class BadInput(Exception):
@@ -67,6 +81,10 @@ class ModelConfig:
     n_expert: int = 16            # E, experts a layer; 1 is a dense feed-forward without router
     top_k: int = 4                # K, experts a token visits
     d_expert: int = 192           # F, hidden width of one expert (of the feed-forward when n_expert = 1)
+    expert_groups: list | None = None  # [(experts, width), ...]: widths mixed in a layer; sets n_expert
+    d_shared: int = 0             # width of a shared expert that every token visits; 0: none
+    shared_gate: bool = False     # the shared expert's output is scaled by a sigmoid of the token
+    first_dense_layers: int = 0   # layers from the first with one feed-forward of the same active width, no router
     vocab_size: int = 264         # V, rows of the embedding; at least the tokenizer's size
     seq_len: int = 512            # T, tokens in a training sequence
     max_seq_len: int = 262_144    # positions the model accepts; costs no memory until used
@@ -76,17 +94,42 @@ class ModelConfig:
     tie_embeddings: bool = True   # the output head is the embedding table
     router: str = "softmax"       # routing policy, a name in router.POLICIES
     renormalize: bool = True      # the K combine weights sum to 1
+    top_p: float = 0.6            # router "top_p": experts are taken, likeliest first, up to this much probability
+    router_noise: float = 0.0     # std of Gaussian noise on the logits the experts are chosen by, in training only
+    capacity_factor: float | None = None       # in training an expert takes at most this times an even share; None: all
+    eval_capacity_factor: float | None = None  # the same outside training
+    balance_scope: str = "micro_batch"  # the balance loss counts a "micro_batch", each "sequence" or the "global" batch
+    bias_rate: float = 0.0        # step of the selection bias that evens the load without a loss; 0: no bias
     aux_coef: float = 0.01        # weight of the load-balancing loss
     z_coef: float = 0.001         # weight of the router z-loss
     recompute: bool = False       # attention and expert activations made again in backward; routing kept
     init_scale: float = 1.0       # weights start at std sqrt(init_scale / fan_in): table in init_std
+
+    def __post_init__(self):
+        if self.expert_groups is not None:
+            pairs = self.expert_groups
+            require(isinstance(pairs, list) and len(pairs) > 0
+                    and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
+                    and all(type(n) is int and 0 < n < 2**31 for pair in pairs for n in pair),
+                    f"expert_groups = {pairs} must be a list of (experts, width) pairs, such as [(16, 256), (32, 128)]")
+            self.n_expert = sum(n for n, _ in pairs)
+
+    @property
+    def widths(self) -> list[tuple[int, int]]:
+        """(experts, their hidden width), a pair a width."""
+        return self.expert_groups or [(self.n_expert, self.d_expert)]
+
+    @property
+    def active_width(self) -> int:
+        """Hidden units a token passes in a feed-forward: K experts of the mean width, and the shared one."""
+        return self.top_k * sum(n * width for n, width in self.widths) // self.n_expert + self.d_shared
 
     def validate(self) -> None:
         """Raise BadInput at the first value no model can have."""
         for name in ("n_layer", "d_model", "n_head", "n_kv_head", "d_head", "n_expert", "top_k", "d_expert",
                      "vocab_size", "seq_len", "max_seq_len", "rope_base", "norm_eps", "init_scale"):
             require(0 < getattr(self, name) < 2**31, f"{name} = {getattr(self, name)} must be positive, below 2**31")
-        for name in ("aux_coef", "z_coef"):
+        for name in ("aux_coef", "z_coef", "bias_rate", "router_noise", "d_shared", "first_dense_layers"):
             require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)} must not be negative")
         require(self.top_k <= self.n_expert, f"top_k = {self.top_k} must be 1 to n_expert = {self.n_expert}")
         require(self.n_head % self.n_kv_head == 0,
@@ -96,6 +139,17 @@ class ModelConfig:
                 f"seq_len = {self.seq_len} must not exceed max_seq_len = {self.max_seq_len}")
         require(self.router in POLICIES,
                 f"router = {self.router!r} is not one of {', '.join(POLICIES)}{closest(self.router, POLICIES)}")
+        scopes = ("micro_batch", "sequence", "global")
+        require(self.balance_scope in scopes,
+                f"balance_scope = {self.balance_scope!r} must be one of {', '.join(scopes)}")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} = {value} must be positive, or None for no limit")
+        require(0 < self.top_p <= 1, f"top_p = {self.top_p} must be above 0, at most 1")
+        require(self.first_dense_layers < self.n_layer,
+                f"first_dense_layers = {self.first_dense_layers} must be 0 to n_layer - 1 = {self.n_layer - 1}")
+        require(self.d_shared == 0 or self.n_expert > 1, "d_shared needs experts: with n_expert = 1 widen d_expert")
+        require(self.d_shared > 0 or not self.shared_gate, "shared_gate = True needs a shared expert: set d_shared")
 
 
 def require(ok: bool, message: str) -> None:
@@ -118,7 +172,7 @@ def count(config: ModelConfig) -> dict[str, int]:
         sizes = {name: p.numel() for name, p in Model(config).named_parameters()}
     embedding = sizes.pop("embed.weight")
     sizes.pop("head.weight", None)
-    expert = sum(n for name, n in sizes.items() if name.endswith(("ffn.w_in", "ffn.w_out")))
+    expert = sum(n for name, n in sizes.items() if ".ffn.w_in." in name or ".ffn.w_out." in name)
     total = sum(sizes.values()) + embedding
     active = total - expert + expert * config.top_k // config.n_expert
     return {"total": total, "active": active, "total_untied": total + embedding, "active_untied": active + embedding,
@@ -152,8 +206,9 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
     kept = 2 * c.d_model * 4 + 2 * c.d_model * 4                                 # input and norm, twice a block
     kept += moe * 4 * (3 * c.n_expert + 8 * c.top_k)                             # router scores and plan
     layer = (2 * (query + 2 * key) + 2 * query) * wide                           # q k v; q k with RoPE; y, twice
-    layer += (2 if moe else 4) * c.top_k * c.d_expert * wide                     # pre-activation; a dense one more
-    working = c.top_k * (2 * c.d_model + 5 * c.d_expert) * wide                  # gathered rows and their gradients
+    routed, dense = (c.active_width - c.d_shared, c.d_shared) if moe else (0, c.active_width)
+    layer += (2 * routed + 4 * dense) * wide                                     # pre-activation; a dense one more
+    working = (c.top_k * 2 * c.d_model + 5 * c.active_width) * wide              # gathered rows and their gradients
     kept, working = (kept, working + layer) if c.recompute else (kept + layer, working)
     table = c.vocab_size * c.d_model * 4
     logits = 2 * min(LOGIT_BYTES, tokens * c.vocab_size * 4) + table             # a piece, its product; its gradient
@@ -176,10 +231,10 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def rope_tables(start: int, length: int, config: ModelConfig, device) -> tuple[Tensor, Tensor]:
+def rope_tables(start: int | Tensor, length: int, config: ModelConfig, device) -> tuple[Tensor, Tensor]:
     """cos and sin of position * base^(-2i / d_head), (T, d_head / 2) float32 each, for T positions from start."""
     i = torch.arange(0, config.d_head, 2, device=device, dtype=torch.float32)
-    position = torch.arange(start, start + length, device=device, dtype=torch.float32)
+    position = start + torch.arange(length, device=device, dtype=torch.float32)
     angle = position[:, None] * config.rope_base ** (-i / config.d_head)
     return angle.cos(), angle.sin()
 
@@ -202,25 +257,39 @@ class Rope(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    if torch.compiler.is_compiling():                              # it fuses this and does not take halves as out=
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
     y = torch.empty_like(x)
-    (a, b), (left, right) = x.chunk(2, -1), y.chunk(2, -1)
+    left, right = y.chunk(2, -1)
     torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=right).addcmul_(a, sin)
     return y
 
 
 class Cache:
-    """Keys and values of the tokens read so far, (L, B, H_kv, length, d_head) each: a new token costs one step."""
+    """Keys and values of the tokens read so far, (L, B, H_kv, length, d_head) each: a new token costs one step.
+
+    `used` counts them. Once it is a tensor (see Decoder) every step has the same shapes: a token attends to the whole
+    buffer, and a mask hides what is not written yet.
+    """
 
     def __init__(self, config: ModelConfig, batch: int, length: int, device, dtype):
         shape = (config.n_layer, batch, config.n_kv_head, length, config.d_head)
-        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
-        self.used = 0
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.used: int | Tensor = 0
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.used + k.shape[2]
-        self.k[layer, :, :, self.used:end], self.v[layer, :, :, self.used:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keep k and v (B, H_kv, T, d_head); returns all so far, and what the new tokens see of it (None: causal)."""
+        T, keys, values = k.shape[2], self.k[layer], self.v[layer]
+        if isinstance(self.used, Tensor):
+            keys.index_copy_(2, self.used.view(1), k), values.index_copy_(2, self.used.view(1), v)
+            return keys, values, (torch.arange(keys.shape[2], device=k.device) <= self.used)[None]
+        end = self.used + T
+        keys[:, :, self.used:end], values[:, :, self.used:end] = k, v
+        after_others = self.used > 0 and T > 1                        # new tokens see all before them and themselves
+        mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(self.used) if after_others else None
+        return keys[:, :, :end], values[:, :, :end], mask
 
 
 class Attention(nn.Module):
@@ -243,56 +312,104 @@ class Attention(nn.Module):
         q, k = Rope.apply(q, cos, sin), Rope.apply(k, cos, sin)
         mask = None
         if cache is not None:
-            k, v = cache.append(layer, k, v)
-            if cache.used and T > 1:      # new tokens see all before them and themselves
-                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.used)
+            k, v, mask = cache.append(layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class Dense(nn.Module):
-    """The feed-forward of a model without experts: w_down (silu(w_gate x) * w_up x)."""
+    """The feed-forward without experts: w_down (silu(w_gate x) * w_up x)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, d_model: int, width: int):
         super().__init__()
-        self.w_in = nn.Parameter(torch.empty(2 * config.d_expert, config.d_model))     # gate rows, then up rows
-        self.w_out = nn.Parameter(torch.empty(config.d_model, config.d_expert))
+        self.w_in = nn.Parameter(torch.empty(2 * width, d_model))                      # gate rows, then up rows
+        self.w_out = nn.Parameter(torch.empty(d_model, width))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.w_in).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, self.w_out), None
+        return F.linear(F.silu(gate) * up, self.w_out)
 
 
 class MoE(nn.Module):
-    """E feed-forwards, each token visits K: y = sum_k weight_k * expert_k(x)."""
+    """E feed-forwards, each token visits K: y = sum_k weight_k * expert_k(x), plus a shared one if there is one.
+
+    Experts may differ in width: w_in and w_out hold a tensor a width, and experts are numbered through them in order.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        E, D, width = config.n_expert, config.d_model, config.d_expert
+        E, D = config.n_expert, config.d_model
         self.gate = nn.Parameter(torch.empty(E, D))
-        self.w_in = nn.Parameter(torch.empty(E, 2 * width, D))                         # gate rows, then up rows
-        self.w_out = nn.Parameter(torch.empty(E, D, width))
+        self.w_in = nn.ParameterList(torch.empty(n, 2 * width, D) for n, width in config.widths)  # gate, then up rows
+        self.w_out = nn.ParameterList(torch.empty(n, D, width) for n, width in config.widths)
+        if config.d_shared:
+            self.shared = Dense(D, config.d_shared)
+        if config.shared_gate:
+            self.shared_gate = nn.Parameter(torch.empty(1, D))
+        counted = config.bias_rate > 0 or config.balance_scope == "global"
+        self.register_buffer("bias", torch.zeros(E) if config.bias_rate else None)
+        self.register_buffer("load", torch.zeros(E, dtype=torch.int64) if counted else None, persistent=False)
         self.config = config
 
-    def forward(self, x: Tensor):
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Routing]:
+        """x (B, T, D); ids (B, T) are the tokens themselves, for routers that look at them."""
         flat = x.reshape(-1, x.shape[-1])                                              # (N, D)
+        context = Context(ids.flatten(), x.shape[1], self.training, self.bias, self.load)
         with torch.autocast(x.device.type, enabled=False):        # float32 always: rounding would turn near ties around
-            r = route(F.linear(flat.float(), self.gate.float()), self.config)
+            r = route(F.linear(flat.float(), self.gate.float()), self.config, context)
+        if self.training and self.load is not None:
+            self.load += r.demand
         flat = flat.to(compute_dtype(x))
-        if len(flat) == 1 and not torch.is_grad_enabled() and not x.is_cuda:
-            y = one_token(flat[0], r.weights[0].tolist(), r.experts[0].tolist(), self.w_in, self.w_out)
+        matrices = [w for pair in zip(self.w_in, self.w_out) for w in pair]
+        if torch.compiler.is_compiling() and x.shape[1] == 1 and not torch.is_grad_enabled():
+            y = few_tokens(flat, r.weights, r.experts, *matrices)
+        elif len(flat) == 1 and not torch.is_grad_enabled() and not x.is_cuda:
+            y = one_token(flat[0], r.weights[0].tolist(), r.experts[0].tolist(), *matrices)
         else:
-            keep = not self.config.recompute
-            y = Experts.apply(flat, r.weights, self.w_in, self.w_out, r.token, r.slot, r.offsets, keep)
+            y = Experts.apply(flat, r.weights, r.token, r.slot, r.offsets, not self.config.recompute, *matrices)
+        if self.config.d_shared:
+            shared = self.shared(flat)
+            y = y + (shared * F.linear(flat, self.shared_gate).sigmoid() if self.config.shared_gate else shared)
         return y.view_as(x), r
 
+    @torch.no_grad()
+    def end_step(self, skipped: Tensor) -> None:
+        """Once an optimizer step: move the selection bias by the load of its whole batch, then count anew.
 
-def one_token(x: Tensor, weights: list[float], experts: list[int], w_in: Tensor, w_out: Tensor) -> Tensor:
+        skipped () is 1 where the step was not taken (a loss was not finite): its load moves nothing.
+        """
+        if self.bias is not None:
+            moved = update_bias(self.bias.clone(), self.load, self.config.bias_rate)
+            self.bias.copy_(torch.where(skipped > 0, self.bias, moved))
+        if self.load is not None:
+            self.load.zero_()
+
+
+def few_tokens(x: Tensor, weights: Tensor, experts: Tensor, *matrices: Tensor) -> Tensor:
+    """The layer for the few tokens x (N, D) of a step of writing text, for torch.compile: no rows to sort, no loop.
+
+    Uncompiled, w[experts] would copy K experts a token; the compiler multiplies them where they lie. An expert of
+    another width counts with weight 0.
+    """
+    y, first = torch.zeros_like(x), 0
+    for w_in, w_out in zip(matrices[::2], matrices[1::2]):
+        e = (experts - first).clamp(0, len(w_in) - 1)                                  # (N, K)
+        weight = weights * (e == experts - first)
+        gate, up = (w_in[e].to(x.dtype) * x[:, None, None]).sum(-1).chunk(2, -1)       # (N, K, F)
+        a = F.silu(gate) * up * weight.unsqueeze(-1).to(x.dtype)
+        y, first = y + (w_out[e].to(x.dtype) * a[:, :, None]).sum(-1).sum(1), first + len(w_in)
+    return y
+
+
+def one_token(x: Tensor, weights: list[float], experts: list[int], *matrices: Tensor) -> Tensor:
     """The layer for a single token x (D,) of text being written on a CPU: K matrix-vector products, no rows to sort."""
     y = torch.zeros_like(x)
     for weight, e in zip(weights, experts):
-        gate, up = (w_in[e].to(x.dtype) @ x).chunk(2)
-        y.addmv_(w_out[e].to(x.dtype), F.silu(gate).mul_(up), alpha=weight)
+        for w_in, w_out in zip(matrices[::2], matrices[1::2]):
+            if 0 <= e < len(w_in) and weight != 0:
+                gate, up = (w_in[e].to(x.dtype) @ x).chunk(2)
+                y.addmv_(w_out[e].to(x.dtype), F.silu(gate).mul_(up), alpha=weight)
+            e -= len(w_in)
     return y
 
 
@@ -312,51 +429,77 @@ class Experts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weights, w_in, w_out, token, slot, offsets, keep):
-        weight = weights.flatten()[token].unsqueeze(1).to(x.dtype)                     # (R, 1)
-        w2, h = w_out.to(x.dtype), pre_activation(x, w_in, token, slot, offsets)
-        if has_grouped_mm(x, w_out.shape[2]):
-            y = F.grouped_mm(swiglu(h, weight), w2.transpose(1, 2), offs=offsets)      # (R, D)
-        else:
-            y = x.new_empty(len(token), x.shape[1])
-            for e, rows in blocks(offsets):
-                torch.mm(swiglu(h[rows], weight[rows]), w2[e].t(), out=y[rows])
-        ctx.save_for_backward(x, weights, w_in, w_out, token, slot, offsets, h if keep else None)
-        return combine(y, slot)                                                        # (N, D)
+    def forward(ctx, x, weights, token, slot, offsets, keep, *matrices):
+        weight, y, kept = weights.flatten()[token].unsqueeze(1).to(x.dtype), [], []    # (R, 1)
+        for rows, offs, w_in, w_out in by_width(offsets, matrices):
+            h, w2 = pre_activation(x, w_in, token, slot, rows, offs), w_out.to(x.dtype)
+            if has_grouped_mm(x, w2.shape[2]):
+                y.append(F.grouped_mm(swiglu(h, weight[rows]), w2.transpose(1, 2), offs=offs))
+            else:
+                y.append(x.new_empty(len(h), x.shape[1]))
+                for e, mine in blocks(offs):
+                    torch.mm(swiglu(h[mine], weight[rows][mine]), w2[e].t(), out=y[-1][mine])
+            kept.append(h if keep else None)
+        ctx.save_for_backward(x, weights, token, slot, offsets, *matrices, *kept)
+        return combine(joined(y), slot)                                                # (N, D)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weights, w_in, w_out, token, slot, offsets, h = ctx.saved_tensors
-        h = pre_activation(x, w_in, token, slot, offsets) if h is None else h
-        weight = weights.flatten()[token].unsqueeze(1).to(x.dtype)                     # (R, 1)
-        w1, w2, dy = w_in.to(x.dtype), w_out.to(x.dtype), dy.to(x.dtype)
-        if has_grouped_mm(x, w_out.shape[2]):
-            dy = gather(dy, slot)  # (R, D)
-            dh, a, dweight = swiglu_backward(h, F.grouped_mm(dy, w2, offs=offsets), weight)
-            dw1 = F.grouped_mm(dh.t(), gather(x, slot), offs=offsets)  # (E, 2F, D)
-            dw2 = F.grouped_mm(dy.t(), a, offs=offsets)  # (E, D, F)
-            dx = F.grouped_mm(dh, w1, offs=offsets)  # (R, D)
-        else:
-            dx, dweight = x.new_empty(len(token), x.shape[1]), x.new_empty(len(token))
-            dw1, dw2, source = torch.empty_like(w1), torch.empty_like(w2), token // slot.shape[1]
-            for e, rows in blocks(offsets):
-                dy_e = dy.index_select(0, source[rows])
-                dh, a, dweight[rows] = swiglu_backward(h[rows], dy_e @ w2[e], weight[rows])
-                torch.mm(dh.t(), x.index_select(0, source[rows]), out=dw1[e])
-                torch.mm(dy_e.t(), a, out=dw2[e])
-                torch.mm(dh, w1[e], out=dx[rows])
-        return (combine(dx, slot), dweight.to(weights.dtype)[slot], dw1.to(w_in.dtype), dw2.to(w_out.dtype),
-                None, None, None, None)
+        x, weights, token, slot, offsets, *rest = ctx.saved_tensors
+        matrices, kept = rest[:len(rest) // 3 * 2], rest[len(rest) // 3 * 2:]
+        weight, source = weights.flatten()[token].unsqueeze(1).to(x.dtype), token // slot.shape[1]
+        dx, dweight, dmatrices, dy = [], [], [], dy.to(x.dtype)
+        for (rows, offs, w_in, w_out), h in zip(by_width(offsets, matrices), kept):
+            h = pre_activation(x, w_in, token, slot, rows, offs) if h is None else h
+            w1, w2 = w_in.to(x.dtype), w_out.to(x.dtype)
+            if has_grouped_mm(x, w2.shape[2]):
+                dy_rows = gather(dy, slot)[rows]
+                dh, a, dw = swiglu_backward(h, F.grouped_mm(dy_rows, w2, offs=offs), weight[rows])
+                dw1 = F.grouped_mm(dh.t(), gather(x, slot)[rows], offs=offs)                           # (E, 2F, D)
+                dw2 = F.grouped_mm(dy_rows.t(), a, offs=offs)                                          # (E, D, F)
+                dx_rows = F.grouped_mm(dh, w1, offs=offs)                                              # (R, D)
+            else:
+                dx_rows, dw = x.new_empty(len(h), x.shape[1]), x.new_empty(len(h))
+                dw1, dw2, w, tokens = torch.empty_like(w1), torch.empty_like(w2), weight[rows], source[rows]
+                for e, mine in blocks(offs):
+                    dy_e = dy.index_select(0, tokens[mine])
+                    dh, a, dw[mine] = swiglu_backward(h[mine], dy_e @ w2[e], w[mine])
+                    torch.mm(dh.t(), x.index_select(0, tokens[mine]), out=dw1[e])
+                    torch.mm(dy_e.t(), a, out=dw2[e])
+                    torch.mm(dh, w1[e], out=dx_rows[mine])
+            dx.append(dx_rows)
+            dweight.append(dw)
+            dmatrices += [dw1.to(w_in.dtype), dw2.to(w_out.dtype)]
+        return combine(joined(dx), slot), joined(dweight).to(weights.dtype)[slot], None, None, None, None, *dmatrices
 
 
-def pre_activation(x: Tensor, w_in: Tensor, token: Tensor, slot: Tensor, offsets: Tensor) -> Tensor:
-    """h (R, 2F): each row of x (N, D) through the first matrix of its expert, in expert order."""
+def by_width(offsets: Tensor, matrices) -> list[tuple[slice, Tensor, Tensor, Tensor]]:
+    """(its rows, the offsets of its experts within them, W_in, W_out) of each width. One width owns every row;
+    several cost a wait for the GPU, since where one ends is known only there."""
+    if len(matrices) == 2:
+        return [(slice(None), offsets, *matrices)]
+    parts, first, start = [], 0, 0
+    for w_in, w_out in zip(matrices[::2], matrices[1::2]):
+        mine = offsets[first:first + len(w_in)]
+        end = int(mine[-1])
+        parts.append((slice(start, end), mine - start, w_in, w_out))
+        first, start = first + len(w_in), end
+    return parts
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def pre_activation(x: Tensor, w_in: Tensor, token: Tensor, slot: Tensor, rows: slice, offsets: Tensor) -> Tensor:
+    """h (rows, 2F): these rows of x (N, D), in expert order, each through the first matrix of its expert."""
     w1 = w_in.to(x.dtype)
     if has_grouped_mm(x, w_in.shape[1] // 2):
-        return F.grouped_mm(gather(x, slot), w1.transpose(1, 2), offs=offsets)
-    h, source = x.new_empty(len(token), w1.shape[1]), token // slot.shape[1]           # (R,) the token of each row
-    for e, rows in blocks(offsets):
-        torch.mm(x.index_select(0, source[rows]), w1[e].t(), out=h[rows])
+        return F.grouped_mm(gather(x, slot)[rows], w1.transpose(1, 2), offs=offsets)
+    source = token[rows] // slot.shape[1]                                              # (rows,) the token of each
+    h = x.new_empty(len(source), w1.shape[1])
+    for e, mine in blocks(offsets):
+        torch.mm(x.index_select(0, source[mine]), w1[e].t(), out=h[mine])
     return h
 
 
@@ -430,18 +573,20 @@ def blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.attn_norm, self.attn = RMSNorm(config.d_model, config.norm_eps), Attention(config)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.ffn = MoE(config) if config.n_expert > 1 else Dense(config)
-        self.recompute = config.recompute
+        self.moe = config.n_expert > 1 and layer >= config.first_dense_layers
+        self.ffn = MoE(config) if self.moe else Dense(config.d_model, config.active_width)
+        self.recompute, self.layer = config.recompute, layer
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, layer: int):
-        attend = lambda x: self.attn(self.attn_norm(x), cos, sin, cache, layer)
+    def forward(self, x: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None):
+        attend = lambda x: self.attn(self.attn_norm(x), cos, sin, cache, self.layer)
         again = self.recompute and torch.is_grad_enabled()
         x = x + (checkpoint(attend, x, use_reentrant=False) if again else attend(x))
-        y, routing = self.ffn(self.ffn_norm(x))
+        h = self.ffn_norm(x)
+        y, routing = self.ffn(h, ids) if self.moe else (self.ffn(h), None)
         return x + y, routing
 
 
@@ -463,7 +608,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -472,10 +617,10 @@ class Model(nn.Module):
         """tokens (B, T) int64; targets (B, T) are the tokens that come next. A cache continues where it stands."""
         x, routings = self.embed(tokens), []
         start = cache.used if cache is not None else 0
-        assert start + tokens.shape[1] <= self.config.max_seq_len, "more positions than max_seq_len"
+        assert isinstance(start, Tensor) or start + tokens.shape[1] <= self.config.max_seq_len, "more than max_seq_len"
         cos, sin = rope_tables(start, tokens.shape[1], self.config, tokens.device)
-        for layer, block in enumerate(self.blocks):
-            x, routing = block(x, cos, sin, cache, layer)
+        for block in self.blocks:
+            x, routing = block(x, tokens, cos, sin, cache)
             routings += [routing] if routing else []
         if cache is not None:
             cache.used += tokens.shape[1]
@@ -496,6 +641,12 @@ class Model(nn.Module):
     def head_weight(self) -> Tensor:
         return self.embed.weight if self.config.tie_embeddings else self.head.weight
 
+    def end_step(self, skipped: Tensor) -> None:
+        """What the routers learn without a gradient, once an optimizer step: see MoE.end_step."""
+        for block in self.blocks:
+            if block.moe:
+                block.ffn.end_step(skipped)
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Model":
         """Fill every parameter from INIT, in order, from one seeded generator: the same weights on every device."""
@@ -513,8 +664,8 @@ def init_std(name: str, p: Tensor, config: ModelConfig) -> float | None:
     """Standard deviation a parameter starts with; None: it starts at one.
 
     norm weights                              1
-    embed, head, attn.qkv, ffn.gate, ffn.w_in     sqrt(init_scale / D)
-    attn.out, ffn.w_out                       sqrt(init_scale / fan_in) / sqrt(2 L)
+    embed, head, attn.qkv, gates, every w_in  sqrt(init_scale / D)
+    attn.out, every w_out                     sqrt(init_scale / fan_in) / sqrt(2 L)
 
     Normal, cut at two standard deviations, variance a fraction of 1 / fan_in (Switch 2021: 0.1 is steady when sparse).
     The two that write to the residual stream shrink with depth, so that its variance does not grow with it (GPT-2).
@@ -522,7 +673,7 @@ def init_std(name: str, p: Tensor, config: ModelConfig) -> float | None:
     if p.dim() == 1:
         return None
     std = math.sqrt(config.init_scale / p.shape[-1])  # fan_in is every matrix's last axis
-    return std / math.sqrt(2 * config.n_layer) if name.endswith(("attn.out.weight", "ffn.w_out")) else std
+    return std / math.sqrt(2 * config.n_layer) if "attn.out" in name or "w_out" in name else std
 
 
 def parameter_groups(model: Model, weight_decay: float) -> list[dict]:
@@ -588,6 +739,10 @@ HF_FIELDS = {  # ours: theirs (Qwen3MoeConfig)
     "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings", "renormalize": "norm_topk_prob",
     "aux_coef": "router_aux_loss_coef",
 }
+HF_ONLY = {  # ours: the only value their model can be
+    "qk_norm": True, "router": "softmax", "expert_groups": None, "d_shared": 0, "first_dense_layers": 0,
+    "eval_capacity_factor": None, "bias_rate": 0,
+}
 HF_UNSUPPORTED = {  # theirs: the only value this model can be
     "attention_bias": False, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
     "hidden_act": "silu",
@@ -614,8 +769,8 @@ def hf_names(config: ModelConfig) -> dict[str, list]:
         else:
             each = [f"{hf}mlp.experts.{e}." for e in range(config.n_expert)]
             names[ours + "ffn.gate"] = [hf + "mlp.gate.weight"]
-            names[ours + "ffn.w_in"] = [[f"{x}gate_proj.weight", f"{x}up_proj.weight"] for x in each]
-            names[ours + "ffn.w_out"] = [[f"{x}down_proj.weight"] for x in each]
+            names[ours + "ffn.w_in.0"] = [[f"{x}gate_proj.weight", f"{x}up_proj.weight"] for x in each]
+            names[ours + "ffn.w_out.0"] = [[f"{x}down_proj.weight"] for x in each]
     return names
 
 
@@ -635,8 +790,9 @@ def to_hf(model: Model, folder: str | Path) -> None:
     """Write config.json and model.safetensors for transformers' Qwen3MoeForCausalLM (dense: Qwen3ForCausalLM)."""
     save_file = optional("safetensors.torch").save_file
     c, moe = model.config, model.config.n_expert > 1
-    require(c.qk_norm, "qk_norm = False cannot be exported: transformers' Qwen3 always normalises queries and keys")
-    require(c.router == "softmax", f"router = {c.router!r} cannot be exported: transformers' Qwen3-MoE has softmax")
+    for name, only in HF_ONLY.items():
+        value = getattr(c, name)
+        require(value == only, f"{name} = {value!r} cannot be exported: transformers' Qwen3-MoE has only {only!r}")
     config = {theirs: getattr(c, ours) for ours, theirs in HF_FIELDS.items()} | HF_UNSUPPORTED
     config["router_aux_loss_coef"] = c.aux_coef / c.top_k              # their balance loss is K times ours
     config |= {"model_type": "qwen3_moe" if moe else "qwen3", "intermediate_size": c.d_expert, "dtype": "float32",
@@ -784,6 +940,55 @@ def load_tokenizer(name: str):
                        "folder TIKTOKEN_CACHE_DIR names, or use tokenizer = 'bytes', which needs none") from None
 
 
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def hf_tokenizer(folder: Path):
+    """The tiktoken.Encoding in a folder's tokenizer.json, if it is byte-level BPE whose ids are its merge order.
+
+    GPT-2's, Llama 3's and Qwen's are. In that file bytes are written as printable characters; tiktoken wants bytes.
+    """
+    import tiktoken
+    path = folder / "tokenizer.json"
+    require(path.is_file(), f"{folder} has no tokenizer.json: give --tokenizer a ranks file or a name tiktoken knows")
+    try:
+        file = json.loads(path.read_text())
+        kind, vocab, merges = (file["model"].get(name) for name in ("type", "vocab", "merges"))
+        normal = (file.get("normalizer") or {"type": "NFC"})["type"]        # NFC leaves ordinary text as it is
+        require(kind == "BPE" and normal == "NFC", f"{path} is {kind} with {normal}: tiktoken has only byte-level BPE")
+        special = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
+        to_byte = {character: byte for byte, character in byte_characters().items()}
+        as_bytes = lambda token: bytes(to_byte[c] for c in token)
+        ranks = {as_bytes(token): i for token, i in vocab.items() if token not in special}
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        made = [ranks[as_bytes(a + b)] for a, b in pairs]
+        pattern = split_pattern(file["pre_tokenizer"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadInput(f"{path} is no byte-level BPE of the kind GPT-2 and Qwen use: tiktoken cannot read it") from None
+    require(made == sorted(made) and len(ranks) == 256 + len(set(made)),
+            f"{path}: its ids are not in the order of its merges, which is what tiktoken goes by")
+    special.setdefault("<|endoftext|>", max([*ranks.values(), *special.values()]) + 1)
+    return tiktoken.Encoding(folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def byte_characters() -> dict[int, str]:
+    """The character each byte is written as in a byte-level tokenizer.json: itself if it prints, else 256 and on."""
+    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in prints]
+    return {b: chr(b) for b in prints} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def split_pattern(pre_tokenizer: dict) -> str:
+    """The regular expression text is cut by before merging: written out in a Split, or GPT-2's in ByteLevel."""
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    patterns = [part["pattern"]["Regex"] for part in parts if part["type"] == "Split"]
+    if not patterns and any(part["type"] == "ByteLevel" and part.get("use_regex", True) for part in parts):
+        patterns = [GPT2_PATTERN]
+    if len(patterns) != 1 or {part["type"] for part in parts} - {"Split", "ByteLevel"}:
+        raise KeyError("pattern")
+    return patterns[0]
+
+
 def read_ranks(path: Path) -> dict[bytes, int]:
     try:
         pairs = [line.split() for line in path.read_bytes().splitlines() if line]
@@ -798,29 +1003,76 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 # --- writing text ---------------------------------------------------------------------------------------------------
 
 
+class Decoder:
+    """One step of writing: tokens (B, 1) after those in the cache -> logits (B, V). The floor is a read of the weights.
+
+    A step of a small model is hundreds of small operators, and starting them costs more than their work. compiled, they
+    become a few loops, on a GPU replayed as one CUDA graph: the same shapes each time, so compiled once for a length.
+    """
+
+    def __init__(self, model: Model, cache: Cache, compiled: bool):
+        self.model, self.cache, self.graph = model, cache, None
+        if compiled:
+            cache.used = torch.tensor(cache.used, device=cache.k.device)
+        self.step = compiled_step if compiled else one_step
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        if not (tokens.is_cuda and self.step is compiled_step):
+            return self.step(self.model, tokens, self.cache)
+        if self.graph is None:
+            self.capture(tokens)
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits
+
+    def capture(self, tokens: Tensor) -> None:
+        """Record the kernels of a step. The two steps it takes leave no trace: the position goes back."""
+        self.tokens, used, stream = tokens.clone(), self.cache.used.clone(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step(self.model, self.tokens, self.cache)                             # compiles and warms up
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.step(self.model, self.tokens, self.cache)
+        self.cache.used.copy_(used)
+
+
+def one_step(model: Model, tokens: Tensor, cache: Cache) -> Tensor:
+    return model(tokens, cache=cache).logits[:, -1]
+
+
+compiled_step = torch.compile(one_step, fullgraph=True, dynamic=False)
+
+
 @torch.inference_mode()
 def generate(model: Model, prompt: Tensor, n_token: int, temperature: float = 0.8, top_k: int = 50, seed: int = 1,
-             n_vocab: int | None = None) -> Iterator[Tensor]:
+             n_vocab: int | None = None, compiled: bool = False) -> Iterator[Tensor]:
     """Yield n_token times the next token (B,) of each row of a prompt (B, T), once it is known. temperature 0: greedy.
 
     The cache turns each step into one token's work. Ids from n_vocab on (padding of the vocabulary) are never drawn.
+    compiled: see Decoder; its cache is a multiple of 256 long, so that prompts of many lengths share one compilation.
     """
     (batch, used), limit = prompt.shape, model.config.max_seq_len
     length = used + n_token
     require(used > 0 and length <= limit, f"prompt and new tokens take {length} positions; the limit is {limit}")
     weight = model.embed.weight
-    cache = Cache(model.config, batch, length, weight.device, weight.dtype)
+    room = -(-length // 256) * 256 if compiled else length
+    cache = Cache(model.config, batch, room, weight.device, weight.dtype)
     generator = torch.Generator(weight.device).manual_seed(seed)
-    tokens = prompt.to(weight.device)
-    for _ in range(n_token):
-        logits = model(tokens, cache=cache).logits[:, -1, :n_vocab].float()                      # (B, V)
-        if temperature == 0:
-            tokens = logits.argmax(-1, keepdim=True)
-        else:
-            values, ids = logits.topk(min(top_k, logits.shape[-1]))
-            drawn = torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)
-            tokens = ids.gather(-1, drawn)
+    logits, decode = one_step(model, prompt.to(weight.device), cache), Decoder(model, cache, compiled)
+    for left in reversed(range(n_token)):
+        tokens = draw(logits[:, :n_vocab].float(), temperature, top_k, generator)
         yield tokens[:, 0]
+        logits = decode(tokens) if left else None
+
+
+def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """The next token (B, 1), drawn from the top_k likeliest of logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    values, ids = logits.topk(min(top_k, logits.shape[-1]))
+    return ids.gather(-1, torch.multinomial((values / temperature).softmax(-1), 1, generator=generator))
 
 
 def write_text(model: Model, tokenizer, prompt: str, n_token: int, **sampling) -> Iterator[str]:
@@ -838,16 +1090,110 @@ def write_text(model: Model, tokenizer, prompt: str, n_token: int, **sampling) -
     yield decoder.decode(b"", final=True)
 
 
-def load_run(folder: str | Path, device: str = "cpu"):
-    """Model, tokenizer and config (a dict) of a run that train.py left in out/NAME."""
+def load_run(folder: str | Path, device: str = "cpu", tokenizer: str | None = None):
+    """Model and tokenizer of a run that train.py left in out/NAME, or of a folder in Hugging Face's format."""
+    model, config = load_model(folder)
+    name = tokenizer or config.get("tokenizer")
+    return model.to(device).eval(), load_tokenizer(name) if name else hf_tokenizer(Path(folder))
+
+
+def load_model(folder: str | Path) -> tuple[Model, dict]:
+    """The model and what its config.json says: of a run (it then names its tokenizer), or a Hugging Face checkpoint."""
     folder = Path(folder)
-    for file in ("config.json", "ckpt.pt"):
-        require((folder / file).is_file(), f"{folder} has no {file}: train it first, or check the path")
-    config = json.loads((folder / "config.json").read_text())
-    model = Model(ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig)}))
+    try:
+        config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else None
+    except ValueError:
+        raise BadInput(f"{folder}/config.json is no JSON") from None
+    require(config is not None, f"{folder} has no config.json: train it first, or check the path")
+    if "model_type" in config:
+        return from_hf(folder), {}
+    require((folder / "ckpt.pt").is_file(), f"{folder} has no ckpt.pt: train it first, or check the path")
+    model = Model(ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}))
     checkpoint = torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True, mmap=True)
     model.load_state_dict(checkpoint["model"])
-    return model.to(device).eval(), load_tokenizer(config["tokenizer"]), config
+    return model, config
+
+
+# --- see the routing ------------------------------------------------------------------------------------------------
+
+
+KINDS = {  # of token, by its first character behind the space a word may start with; the first that fits
+    "line break": lambda c: c in "\r\n", "space": str.isspace, "digit": str.isdigit, "lower case": str.islower,
+    "upper case": str.isupper, "bracket": lambda c: c in "()[]{}<>", "quote": lambda c: c in "\"'`",
+    "other sign": lambda c: c.isascii(), "not ASCII": lambda c: True,
+}
+
+
+def kind_of(token: bytes) -> str:
+    text = token.decode("utf-8", "replace")
+    character = (text.strip(" ") or text or " ")[0]
+    return next(name for name, fits in KINDS.items() if fits(character))
+
+
+@torch.no_grad()
+def first_experts(model: Model, ids: list[int]) -> Tensor:
+    """(L, N): the expert that weighs most for each token, in each layer that has experts; read in pieces of seq_len."""
+    plans = []
+    hooks = [block.ffn.register_forward_hook(lambda module, inputs, out: plans.append(out[1]))
+             for block in model.blocks if block.moe]
+    device, size, layers = model.embed.weight.device, model.config.seq_len, len(hooks)
+    for piece in torch.tensor(ids, device=device).split(size):
+        model(piece[None])
+    for hook in hooks:
+        hook.remove()
+    first = [plan.experts.gather(1, plan.weights.argmax(1, keepdim=True)).flatten() for plan in plans]
+    return torch.stack([torch.cat(first[layer::layers]) for layer in range(layers)]).cpu()
+
+
+def show_routing(folder: Path, model: Model, tokenizer, text: str) -> None:
+    """routing.json, the expert of every token and each expert's share of each kind of token, and routing.png."""
+    require(model.config.n_expert > 1, f"{folder} holds a model without experts: there is no routing to show")
+    ids = tokenizer.encode_ordinary(text)
+    require(len(ids) > 1, "--routing needs a text of two tokens or more, or a file that holds one")
+    pieces = [tokenizer.decode_single_token_bytes(i) for i in ids]
+    experts, kinds = first_experts(model, ids), [kind_of(piece) for piece in pieces]
+    names = [name for name in KINDS if name in kinds]
+    shares = torch.zeros(len(experts), model.config.n_expert, len(names))
+    for column, name in enumerate(names):
+        of_kind = experts[:, [i for i, kind in enumerate(kinds) if kind == name]]              # (L, n)
+        for layer, row in enumerate(of_kind):
+            shares[layer, :, column] = row.bincount(minlength=shares.shape[1]) / len(row)
+    result = {"tokens": [piece.decode("utf-8", "replace") for piece in pieces], "experts": experts.tolist(),
+              "kinds": names, "tokens_of_kind": [kinds.count(name) for name in names], "share": shares.tolist()}
+    (folder / "routing.json").write_text(json.dumps(result))
+    draw_routing(result, folder / "routing.png")
+    print(f"{len(ids)} tokens: {folder}/routing.png, and the numbers behind it in routing.json")
+
+
+def draw_routing(result: dict, path: Path, width: int = 64, n_line: int = 4) -> None:
+    """Above, the text's first lines, a coloured row a layer; below, a heat map a layer: expert by kind of token."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+    experts, share = np.array(result["experts"]), np.array(result["share"])                    # (L, N), (L, E, kinds)
+    layers, n_line = len(experts), min(n_line, -(-experts.shape[1] // width))
+    figure = plt.figure(figsize=(12, 0.45 * n_line * (1 + layers / 2) + 4.2), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[0.45 * n_line * (1 + layers / 2) + 0.5, 3.7])
+    top.suptitle("the expert that weighs most for each token, a row a layer", fontsize=10)
+    for line, axis in enumerate(top.subplots(n_line, 1, squeeze=False).flat):
+        part = experts[:, line * width:(line + 1) * width]
+        axis.imshow(np.pad(part % 20, ((0, 0), (0, width - part.shape[1])), constant_values=-1), aspect="auto",
+                    cmap=plt.get_cmap("tab20").with_extremes(under="white"), vmin=0, vmax=19, interpolation="nearest")
+        for column, token in enumerate(result["tokens"][line * width:(line + 1) * width]):
+            shown = token.replace("\n", "\u21b5").replace(" ", "\u00b7").replace("$", r"\$")
+            axis.text(column, -0.7, shown, ha="center", va="bottom", fontsize=8, family="monospace",
+                      rotation=0 if len(token) < 3 else 60)
+        axis.set(xticks=[], yticks=range(layers), ylabel="layer")
+        axis.spines[:].set_visible(False)
+    bottom.suptitle("share of a kind's tokens that go first to an expert", fontsize=10)
+    for layer, axis in enumerate(bottom.subplots(1, layers, sharey=True, squeeze=False).flat):
+        image = axis.imshow(share[layer], aspect="auto", cmap="viridis", vmin=0, vmax=share.max())
+        axis.set(title=f"layer {layer}", ylabel="" if layer else "expert")
+        axis.set_xticks(range(len(result["kinds"])), result["kinds"], rotation=60, ha="right", fontsize=8)
+    bottom.colorbar(image, ax=bottom.axes, shrink=0.8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
@@ -880,22 +1226,29 @@ def print_sizes(path: str, as_json: bool) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="sizes of a config, or text from a trained run")
-    parser.add_argument("target", help="configs/X.py, or out/NAME of a trained run")
+    parser.add_argument("target", help="configs/X.py, out/NAME of a trained run, or a Hugging Face folder")
     parser.add_argument("--json", action="store_true", help="sizes as JSON")
     parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--tokenizer", help="another than the run's or the folder's own: see load_tokenizer")
+    parser.add_argument("--routing", metavar="TEXT", help="a text, or a file of it: draws the experts its tokens visit")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to write")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top_k", type=int, default=50, help="draw from this many likeliest tokens")
     parser.add_argument("--seed", type=int, default=1, help="of the draws")
+    parser.add_argument("--compile", action="store_true", help="compile the step first: pays from some thousand tokens")
     args = parser.parse_args(argv)
     if args.target.endswith(".py"):
         return print_sizes(args.target, args.json)
     for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 1)):
         require(getattr(args, name) >= low, f"--{name} {getattr(args, name)} must be at least {low}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer, _ = load_run(args.target, device)
+    model, tokenizer = load_run(args.target, device, args.tokenizer)
+    if args.routing is not None:
+        there = len(args.routing) < 1000 and Path(args.routing).is_file()
+        text = Path(args.routing).read_text(errors="replace") if there else args.routing
+        return show_routing(Path(args.target), model, tokenizer, text)
     for piece in write_text(model, tokenizer, args.prompt, args.tokens, temperature=args.temperature, top_k=args.top_k,
-                            seed=args.seed):
+                            seed=args.seed, compiled=args.compile):
         print(piece, end="", flush=True)
     print()
 

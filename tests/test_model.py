@@ -240,7 +240,7 @@ def test_the_expert_layer_is_the_double_loop_forward_and_in_every_gradient(n, k,
     experts = torch.stack([torch.randperm(e)[:k] for _ in range(n)]).int()
     _, offsets, slot, token = place(experts, e)
     a, b = ([t.clone().requires_grad_() for t in inputs] for _ in range(2))
-    y = Experts.apply(*a, token, slot, offsets, keep)
+    y = Experts.apply(*a[:2], token, slot, offsets, keep, *a[2:])
     expected = experts_by_double_loop(*b, experts)
     torch.testing.assert_close(y, expected)
     dy = torch.randn_like(y)
@@ -315,7 +315,7 @@ def test_weights_start_at_the_tables_standard_deviations():
             assert (p == 1).all(), name
             continue
         std = cut * math.sqrt(0.5 / p.shape[-1])
-        std /= 2 if name.endswith(("attn.out.weight", "w_out")) else 1                       # sqrt(2 * 2 layers)
+        std /= 2 if "attn.out" in name or "w_out" in name else 1                       # sqrt(2 * 2 layers)
         assert p.std().item() == pytest.approx(std, rel=0.03), name
         assert p.abs().max() <= 2 * std / cut + 1e-6, name
 
@@ -362,12 +362,136 @@ def test_the_gate_is_float32_under_bfloat16_autocast():
     seen = []
     original = m.route
     try:
-        m.route = lambda logits, config: seen.append(logits.dtype) or original(logits, config)
+        m.route = lambda logits, *rest: seen.append(logits.dtype) or original(logits, *rest)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(tokens(2, 24), tokens(2, 24))
     finally:
         m.route = original
     assert seen == [torch.float32, torch.float32]
+
+
+# --- the axes of the expert layer -----------------------------------------------------------------------------------
+
+
+def layer_by_hand(model: Model, x: torch.Tensor) -> torch.Tensor:
+    """The first expert layer token by token and expert by expert, whatever their widths, from its parameters alone."""
+    ffn, config = model.blocks[0].ffn, model.config
+    experts = [pair for w_in, w_out in zip(ffn.w_in, ffn.w_out) for pair in zip(w_in, w_out)]
+    out = []
+    for row in x:
+        scores = (ffn.gate @ row).softmax(0)
+        chosen = scores.argsort(descending=True)[:config.top_k]
+        y = torch.zeros_like(row)
+        for e in chosen.tolist():
+            gate, up = (experts[e][0] @ row).chunk(2)
+            y = y + scores[e] / scores[chosen].sum() * (experts[e][1] @ (F.silu(gate) * up))
+        if config.d_shared:
+            gate, up = (ffn.shared.w_in @ row).chunk(2)
+            shared = ffn.shared.w_out @ (F.silu(gate) * up)
+            y = y + (shared * torch.sigmoid(ffn.shared_gate @ row) if config.shared_gate else shared)
+        out.append(y)
+    return torch.stack(out)
+
+
+AXES = {
+    "two widths": dict(expert_groups=[(2, 48), (6, 16)], top_k=3),
+    "three widths": dict(expert_groups=[(1, 8), (5, 24), (2, 40)], top_k=4),
+    "shared": dict(d_shared=40),
+    "shared and gated": dict(d_shared=40, shared_gate=True),
+    "everything": dict(expert_groups=[(4, 16), (4, 8)], d_shared=24, shared_gate=True, recompute=True),
+}
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_widths_and_shared_experts_are_the_sum_written_out_forward_and_in_every_gradient(name):
+    model = Model(small(**AXES[name])).init_weights(2).double()
+    model.blocks[0].ffn.gate.data *= 4
+    model = model.float()
+    x = torch.randn(1, 30, 64, generator=torch.Generator().manual_seed(0))
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    parameters = list(model.blocks[0].ffn.parameters())
+    y, expected = model.blocks[0].ffn(a, tokens(1, 30))[0][0], layer_by_hand(model, b[0])
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
+    dy = torch.randn_like(y)
+    ours = torch.autograd.grad(y, [a, *parameters], dy)
+    theirs = torch.autograd.grad(expected, [b, *parameters], dy)
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3)
+
+
+def test_a_width_that_no_token_visits_gets_a_gradient_of_zero():
+    model = Model(small(expert_groups=[(3, 16), (5, 8)], top_k=2)).init_weights(0)
+    ffn = model.blocks[0].ffn
+    ffn.gate.data.zero_()
+    ffn.gate.data[:3] = 1
+    y, routing = ffn(torch.ones(1, 6, 64), tokens(1, 6))
+    y.sum().backward()
+    assert routing.counts[3:].sum() == 0 and (ffn.w_in[1].grad == 0).all() and ffn.w_in[0].grad.abs().sum() > 0
+
+
+def test_the_first_layers_can_be_dense_and_as_wide_as_what_a_token_visits_later():
+    model = Model(small(first_dense_layers=1, d_shared=8))
+    assert model.blocks[0].ffn.w_out.shape == (64, 3 * 32 + 8) and model.blocks[1].moe
+    model.init_weights(0)
+    out = model(tokens(2, 24), tokens(2, 24, 1))
+    out.ce.backward()
+    assert out.stats["load"].shape == (1, 8) and model.blocks[0].ffn.w_in.grad.abs().sum() > 0
+
+
+def test_sizes_count_every_axis_by_hand():
+    plain = count(small())
+    grouped = count(small(expert_groups=[(2, 48), (6, 16)]))          # 192 hidden units where 8 x 32 = 256 were
+    assert plain["total"] - grouped["total"] == 2 * 3 * 64 * (256 - 192)
+    assert plain["active"] - grouped["active"] == 2 * 3 * 64 * (256 - 192) * 3 // 8
+    shared = count(small(d_shared=40, shared_gate=True))              # 3 matrices and the gate's row, two layers
+    assert shared["total"] - plain["total"] == shared["active"] - plain["active"] == 2 * (3 * 64 * 40 + 64)
+    dense = count(small(first_dense_layers=1))                        # the first layer: no router, three experts wide
+    assert dense["active"] == plain["active"] - 8 * 64
+    assert plain["total"] - dense["total"] == 8 * 64 + 5 * 3 * 64 * 32
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(expert_groups=[]), "expert_groups"), (dict(expert_groups=[(2, 0)]), "expert_groups"),
+    (dict(expert_groups=[(2, 8, 8)]), "expert_groups"), (dict(expert_groups=[(2, 8)], top_k=3), "top_k = 3"),
+    (dict(d_shared=-1), "d_shared"), (dict(shared_gate=True), "d_shared"), (dict(first_dense_layers=2), "n_layer - 1"),
+    (dict(n_expert=1, top_k=1, d_shared=8), "d_expert"), (dict(capacity_factor=0.0), "capacity_factor"),
+    (dict(top_p=1.5), "top_p"), (dict(balance_scope="batch"), "balance_scope"), (dict(bias_rate=-1.0), "bias_rate"),
+])
+def test_impossible_axes_are_refused_in_one_line(changes, message):
+    with pytest.raises(BadInput, match=message):
+        small(**changes).validate()
+
+
+@pytest.mark.parametrize("changes", [dict(expert_groups=[(4, 8), (4, 16)]), dict(d_shared=8), dict(bias_rate=0.1),
+                                     dict(first_dense_layers=1), dict(router="sigmoid")])
+def test_what_transformers_cannot_hold_is_not_exported(changes, tmp_path):
+    with pytest.raises(BadInput, match=f"{next(iter(changes))}.*cannot be exported"):
+        to_hf(Model(small(**changes)), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_the_selection_bias_moves_once_a_step_by_the_load_of_all_its_micro_batches():
+    model = Model(small(router="sigmoid", bias_rate=0.01)).init_weights(0).train()
+    counts = sum(model.blocks[0].ffn(torch.randn(1, 24, 64), tokens(1, 24))[1].counts for _ in range(3))
+    ffn = model.blocks[0].ffn
+    assert torch.equal(ffn.load, counts.long()) and (ffn.bias == 0).all()
+    model.end_step(torch.tensor(0.0))
+    step = 0.01 * torch.sign(counts.float().mean() - counts)
+    torch.testing.assert_close(ffn.bias, step - step.mean())
+    assert (ffn.load == 0).all() and "blocks.0.ffn.bias" in model.state_dict()
+
+
+def test_a_skipped_step_leaves_the_selection_bias_alone():
+    model = Model(small(router="sigmoid", bias_rate=0.01)).init_weights(0).train()
+    model.blocks[0].ffn(torch.randn(1, 24, 64), tokens(1, 24))
+    model.end_step(torch.tensor(1.0))
+    assert (model.blocks[0].ffn.bias == 0).all() and (model.blocks[0].ffn.load == 0).all()
+
+
+def test_outside_training_nothing_is_counted():
+    model = Model(small(router="sigmoid", bias_rate=0.01)).init_weights(0).eval()
+    model(tokens(1, 24), tokens(1, 24))
+    assert (model.blocks[0].ffn.load == 0).all()
 
 
 # --- causality ------------------------------------------------------------------------------------------------------
@@ -408,6 +532,12 @@ def test_greedy_decoding_with_the_cache_gives_the_tokens_of_full_recomputation(c
         for _ in range(40):
             text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
     assert cached == text[3:]
+
+
+def test_a_compiled_step_writes_the_same_tokens_whatever_the_axes():
+    model = Model(small(expert_groups=[(3, 16), (5, 8)], d_shared=16, n_layer=1)).init_weights(3).eval()
+    write = lambda **how: torch.cat(list(generate(model, tokens(1, 5), 20, temperature=0, **how))).tolist()
+    assert write(compiled=True) == write()
 
 
 def test_rows_of_a_batch_are_decoded_as_if_alone():
@@ -457,3 +587,106 @@ def test_text_is_written_in_whole_characters():
 
     pieces = list(m.write_text(Fixed(small(vocab_size=264)), m.load_tokenizer("bytes"), "a", 6, temperature=0))
     assert pieces[0] == "a" and "".join(pieces[1:]) == "né\N{SNOWMAN}" and "\ufffd" not in "".join(pieces)
+
+
+# --- folders that transformers wrote --------------------------------------------------------------------------------
+
+
+def save_tokenizer(folder, text: str, pattern: str | None) -> object:
+    """A byte-level BPE trained on the text, as transformers' folders hold it: GPT-2's split, or one written out."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    if pattern is None:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+        tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator([text], trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+TEXT = "def route(logits, config):\n    return 'naïve' + \"☃ 雪\"   # 12345 tokens, it's theirs\n\n\tthe the THE\n" * 5
+
+
+@pytest.mark.parametrize("pattern", [None, m.QWEN_PATTERN], ids=["GPT-2's split", "Qwen's split"])
+def test_a_folders_tokenizer_json_gives_the_ids_its_own_library_gives(pattern, tmp_path):
+    theirs = save_tokenizer(tmp_path / "hf", TEXT, pattern)
+    ours = m.hf_tokenizer(tmp_path / "hf")
+    for text in (TEXT, "unseen Ωmega\r\n  x=1;", " leading", "a"):
+        assert ours.encode_ordinary(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode_ordinary(text)) == text
+    assert ours.eot_token == theirs.token_to_id("<|endoftext|>") and ours.n_vocab == theirs.get_vocab_size()
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: f["model"].update(type="Unigram"), "byte-level BPE"), (lambda f: f.update(model=None), "byte-level BPE"),
+    (lambda f: f["model"]["merges"].reverse(), "order of its merges"),
+    (lambda f: f.update(normalizer={"type": "Lowercase"}), "Lowercase"),
+    (lambda f: f["pre_tokenizer"].update(type="Whitespace"), "byte-level BPE"),
+])
+def test_a_tokenizer_that_tiktoken_cannot_hold_is_one_clear_line(damage, message, tmp_path):
+    save_tokenizer(tmp_path, TEXT, None)
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    damage(file)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(BadInput, match=message):
+        m.hf_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("shard", [None, "100KB"], ids=["one file", "sharded"])
+def test_a_folder_that_transformers_wrote_continues_a_prompt_with_its_own_greedy_tokens(shard, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "hf"
+    theirs_tokenizer = save_tokenizer(folder, TEXT, m.QWEN_PATTERN)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=theirs_tokenizer.get_vocab_size(), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, norm_topk_prob=True)
+    torch.manual_seed(0)
+    theirs = transformers.Qwen3MoeForCausalLM(config).eval()
+    theirs.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+    assert len(list(folder.glob("*.safetensors"))) > 1 if shard else (folder / "model.safetensors").is_file()
+    prompt = "return the"
+    ids = torch.tensor([theirs_tokenizer.encode(prompt).ids])
+    m.main([str(folder), "--prompt", prompt, "--tokens", "12", "--temperature", "0"])
+    written = capsys.readouterr().out.removesuffix("\n")
+    made = theirs.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)[0]
+    assert written == m.hf_tokenizer(folder).decode_bytes(made.tolist()).decode("utf-8", "replace")
+
+
+# --- see the routing ------------------------------------------------------------------------------------------------
+
+
+def test_every_token_has_a_kind():
+    kinds = {b" the": "lower case", b"The": "upper case", b"  ": "space", b"\n": "line break", b" 7": "digit",
+             b"(": "bracket", b'"': "quote", b"+=": "other sign", "\u2603".encode(): "not ASCII", b"\t": "space",
+             b"\xff": "not ASCII"}
+    assert {token: m.kind_of(token) for token in kinds} == kinds
+
+
+def test_the_routing_picture_holds_each_tokens_first_expert_and_the_share_of_each_kind(tmp_path):
+    model = Model(small(vocab_size=264)).init_weights(0).eval()
+    text = "def f(x):\n    return x + 1\n" * 3                       # longer than seq_len: read in pieces
+    m.show_routing(tmp_path, model, m.load_tokenizer("bytes"), text)
+    result = json.loads((tmp_path / "routing.json").read_text())
+    assert "".join(result["tokens"]) == text and (tmp_path / "routing.png").stat().st_size > 10_000
+    experts, share = torch.tensor(result["experts"]), torch.tensor(result["share"])
+    assert experts.shape == (2, len(text)) and share.shape == (2, 8, len(result["kinds"]))
+    ids = torch.tensor([list(text.encode()[:24])])
+    with torch.no_grad():
+        x = model.embed(ids)
+        cos, sin = m.rope_tables(0, 24, model.config, "cpu")
+        block = model.blocks[0]
+        x = x + block.attn(block.attn_norm(x), cos, sin, None, 0)
+        best = (block.ffn_norm(x)[0] @ block.ffn.gate.T).argmax(-1)
+    assert torch.equal(experts[0, :24], best.int())
+    spaces = [i for i, c in enumerate(text) if c == " "]
+    expected = experts[1, spaces].bincount(minlength=8) / len(spaces)
+    torch.testing.assert_close(share[1, :, result["kinds"].index("space")], expected)
