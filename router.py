@@ -20,11 +20,18 @@ Axes, everywhere in this file:
     D width of a token's vector    T tiles of tokens, one tile a kernel program
 """
 
+import argparse
+import difflib
+import json
+import math
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -43,12 +50,14 @@ except ImportError:                                   # macOS, for one: the defi
 class Routing:
     """The plan a policy makes for N tokens. A choice is one (token, k) pair; its flat number is token * K + k.
 
-    weights  (N, K) float32   how much each chosen expert's output counts; 0 for a dropped choice; carries gradient
+    weights  (N, K) float32   how much each chosen expert's output counts; carries gradient; 0 for a choice that was
+                              dropped and for a slot the policy left unused (top_p, expert_choice): its row is idle
     experts  (N, K) int32     the chosen experts, distinct within a token
     counts   (E,)   int32     rows each expert received
     offsets  (E,)   int32     running sum of counts, inclusive: expert e owns rows offsets[e] - counts[e] : offsets[e]
     slot     (N, K) int32     the row of each choice once rows stand in expert order, ties in token order
     token    (R,)   int32     the inverse of slot: row r holds choice token[r], that is token number token[r] // K
+    demand   (E,)   int32     choices of each expert, dropped ones too, unused slots not: what balance is measured by
     losses   name -> scalar   "balance" and "z", with gradient to the logits
     stats    name -> float32  "load" (E,), "entropy", "dropped", "nonfinite": detached, never copied to the host here
     """
@@ -59,48 +68,107 @@ class Routing:
     offsets: Tensor
     slot: Tensor
     token: Tensor
+    demand: Tensor
     losses: dict[str, Tensor]
     stats: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a policy may look at beside the logits."""
+
+    ids: Tensor | None = None     # (N,) integers, the tokens themselves
+    seq_len: int = 0              # the N rows are sequences of this length, one behind another; 0: one sequence
+    training: bool = False
+    bias: Tensor | None = None    # (E,) float32, added to the scores the experts are chosen by, never to the weights
+    load: Tensor | None = None    # (E,) summed demand of this optimizer step's earlier micro-batches, on this rank
 
 
 @dataclass
 class Policy:
     """A routing idea and what it promises. `causal`: no later token, and no other row, can change a token's output."""
 
-    route: Callable[[Tensor, SimpleNamespace], Routing]
+    route: Callable[..., Routing]
     causal: bool
+    fused: bool                   # the Triton kernels below compute the same
 
 
 POLICIES: dict[str, Policy] = {}
 
 
-def policy(name: str, causal: bool):
-    """Register `route(logits, config) -> Routing` under the name that `router = "name"` in a config file asks for."""
+def policy(name: str, causal: bool, fused: bool = False):
+    """Register `f(logits, config, context) -> Routing` under the name that `router = "name"` in a config asks for."""
 
     def register(function):
-        POLICIES[name] = Policy(function, causal)
+        POLICIES[name] = Policy(function, causal, fused)
         return function
 
     return register
 
 
-def route(logits: Tensor, config) -> Routing:
-    """Route logits (N, E) float32 by the policy config.router; config holds top_k too, and what that policy reads."""
+def route(logits: Tensor, config, context: Context | None = None) -> Routing:
+    """Route logits (N, E) float32 by the policy config.router. The config is a ModelConfig or whatever `settings` has.
+
+    A policy the kernels know runs by them on a GPU, and by its definition elsewhere; the plan is the same.
+    """
     assert logits.dtype == torch.float32, "router logits are float32 whatever the precision around them"
     assert 1 <= config.top_k <= logits.shape[-1], "a token visits between 1 and E experts"
-    return POLICIES[config.router].route(logits, config)
+    context = context or Context()
+    entry = POLICIES[config.router]
+    function = topk_kernels if entry.fused and kernels_serve(logits, config, context) else entry.route
+    routing, factor = function(logits, config, context), capacity_factor(config, context.training)
+    return routing if factor is None else drop(routing, factor)
+
+
+def settings(router: str, top_k: int, **fields) -> SimpleNamespace:
+    """Every field `route` reads of a config, as ModelConfig sets them unless told otherwise."""
+    off = dict(renormalize=True, top_p=0.6, router_noise=0.0, capacity_factor=None, eval_capacity_factor=None,
+               balance_scope="micro_batch")
+    return SimpleNamespace(router=router, top_k=top_k, **off | fields)
+
+
+def capacity_factor(config, training: bool) -> float | None:
+    return config.capacity_factor if training else config.eval_capacity_factor
+
+
+def is_causal(config, training: bool) -> bool:
+    """Whether no later token, and no other row, can change a token's output: a causal policy that drops nothing.
+
+    Who is dropped goes by token order, so no later token evicts an earlier one. But an earlier sequence of the batch
+    does, and how many an expert serves depends on N, which every other token is part of.
+    """
+    return POLICIES[config.router].causal and capacity_factor(config, training) is None
 
 
 # --- the definition: the pieces every policy is built from -----------------------------------------------------------
 
 
 def finite_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace each row that holds a NaN or an infinity by zeros: the token goes to experts 0 ... K-1, equally weighted.
+    """Replace each row that holds a NaN or an infinity by zeros: its token is undecided between all experts.
 
     The rest of the batch is then routed as ever, and the row is counted in stats["nonfinite"] instead of spreading.
     """
     finite = logits.abs().amax(-1, keepdim=True) < torch.inf                         # False for NaN too
     return logits.where(finite, 0.0), (~finite).sum().float()
+
+
+def noisy(logits: Tensor, config, context: Context) -> Tensor:
+    """The logits to choose by: with Gaussian noise while training, so that all experts are tried.
+
+    As in Shazeer 2017 (eq. 4), but its std is a setting, not learnt, and the weights do not see it.
+    """
+    if context.training and config.router_noise > 0:
+        return logits + config.router_noise * torch.randn_like(logits)
+    return logits
+
+
+def preference(logits: Tensor, score: Callable, config, context: Context) -> Tensor:
+    """What the K largest of are chosen (N, E), never what they weigh: the noisy logits; score(those) + a bias if any.
+
+    A score keeps the order of the logits, but its rounding can make two of them equal: without a bias it is left out.
+    """
+    logits = noisy(logits, config, context)
+    return logits if context.bias is None else score(logits) + context.bias
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -125,26 +193,18 @@ def invert(permutation: Tensor) -> Tensor:
 
 def place(experts: Tensor, n_expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Stable counting sort of the choices (N, K) by expert: returns counts, offsets, slot, token (see Routing)."""
-    flat = experts.flatten()                                                         # (R,)
-    token = flat.argsort(stable=True).int()                                          # (R,) row -> choice
-    counts = torch.zeros(n_expert, dtype=torch.int32, device=flat.device)
-    counts.scatter_add_(0, flat.long(), torch.ones_like(flat))                       # bincount would wait for the GPU
+    token = experts.flatten().argsort(stable=True).int()                             # (R,) row -> choice
+    counts = tally(experts, n_expert)[0]
     return counts, counts.cumsum(0, dtype=torch.int32), invert(token).view(experts.shape), token
 
 
-def balance_loss(probs: Tensor, counts: Tensor) -> Tensor:
-    """Switch balance loss: E * sum_e f_e P_e, f_e the share of rows, P_e the mean probability (Fedus 2021, eq. 4-6).
-
-    f_e is a share of all R rows, so perfect balance costs exactly 1 for any K (transformers counts per token: K there).
-    Only P_e carries gradient; f_e is a count. All tokens on the same K experts with all their mass cost E / K.
-    """
-    n_rows = counts.sum().clamp(min=1)
-    return probs.shape[-1] * (counts / n_rows * mean_over_tokens(probs)).sum()
-
-
-def z_loss(logits: Tensor) -> Tensor:
-    """Router z-loss: mean over tokens of logsumexp(logits)^2, which keeps the logits small (Zoph 2022, eq. 5)."""
-    return mean_over_tokens(logits.logsumexp(-1).square())
+def tally(experts: Tensor, n_expert: int, used: Tensor | None = None, groups: int = 1) -> Tensor:
+    """Choices of each expert (groups, E) int32 in each of so many equal parts of the tokens; `used` (N, K) or all."""
+    index, ones = experts.flatten().long(), torch.ones_like(experts) if used is None else used.int()
+    if groups > 1:
+        index = (index.view(groups, -1) + n_expert * torch.arange(groups, device=index.device)[:, None]).flatten()
+    counts = torch.zeros(groups * n_expert, dtype=torch.int32, device=index.device)
+    return counts.scatter_add_(0, index, ones.flatten()).view(groups, n_expert)      # bincount would wait for the GPU
 
 
 def mean_over_tokens(x: Tensor) -> Tensor:
@@ -152,49 +212,255 @@ def mean_over_tokens(x: Tensor) -> Tensor:
     return x.sum(0) / max(x.shape[0], 1)
 
 
-def finish(logits: Tensor, probs: Tensor, weights: Tensor, experts: Tensor, nonfinite: Tensor) -> Routing:
+def finish(logits: Tensor, probs: Tensor, weights: Tensor, experts: Tensor, nonfinite: Tensor,
+           config, context: Context, used: Tensor | None = None) -> Routing:
     """Everything that follows once a policy has chosen: rows in expert order, the losses, the statistics.
 
-    In inference mode, while text is written, nobody asks for losses and statistics: both are empty there.
+    probs (N, E) is what the balance loss evens out; used (N, K) bool marks the slots that are choices, None: all. In
+    inference mode, while text is written, nobody asks for losses and statistics: both are empty there.
     """
-    counts, offsets, slot, token = place(experts, logits.shape[-1])
-    if torch.is_inference_mode_enabled():
-        return Routing(weights, experts, counts, offsets, slot, token, {}, {})
+    n_expert = logits.shape[-1]
+    counts, offsets, slot, token = place(experts, n_expert)
+    demand = counts if used is None else tally(experts, n_expert, used)[0]
+    plan = Routing(weights, experts, counts, offsets, slot, token, demand, {}, {})
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():      # compiled: left out if unused
+        return plan
+    plan.losses = {"balance": scoped_balance_loss(probs, plan, used, config, context), "z": z_loss(logits)}
     with torch.no_grad():
-        stats = {
-            "load": counts / max(experts.numel(), 1),                                # (E,) share of rows
+        none = (weights == 0) if used is None else (weights == 0) & used
+        plan.stats = {
+            "load": demand / max(experts.numel(), 1),                                # (E,) share of rows
             "entropy": mean_over_tokens(-(probs * probs.clamp(min=1e-38).log()).sum(-1)),  # nats; ln E when undecided
-            "dropped": (weights == 0).sum() / max(weights.numel(), 1),               # share of choices of weight 0
+            "dropped": none.sum() / demand.sum().clamp(min=1),                       # share of choices of weight 0
             "nonfinite": nonfinite,                                                  # tokens
         }
-    losses = {"balance": balance_loss(probs, counts), "z": z_loss(logits)}
-    return Routing(weights, experts, counts, offsets, slot, token, losses, stats)
+    return plan
+
+
+# --- the definition: keeping the experts evenly busy -----------------------------------------------------------------
+# Four ways, in any combination: a loss that pulls the logits towards even load (aux_coef), over one of three scopes; a
+# loss that keeps them small (z_coef); a bias on the choice, moved by the load itself (bias_rate); and a capacity.
+
+
+def balance_loss(probs: Tensor, counts: Tensor) -> Tensor:
+    """Switch balance loss: E * sum_e f_e P_e, f_e the share of rows, P_e the mean probability (Fedus 2021, eq. 4-6).
+
+    f_e is a share of all R rows, so perfect balance costs exactly 1 for any K (transformers counts per token: K there).
+    Only P_e carries gradient; f_e is a count. All tokens on the same K experts with all their mass cost E / K.
+    probs (..., N, E) and counts (..., E): the mean over any axes in front.
+    """
+    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)                       # f_e
+    mean = probs.sum(-2) / max(probs.shape[-2], 1)                                   # P_e
+    return probs.shape[-1] * (share * mean).sum(-1).mean()
+
+
+def scoped_balance_loss(probs: Tensor, plan: Routing, used: Tensor | None, config, context: Context) -> Tensor:
+    """The balance loss over config.balance_scope: the tokens among which the load is to be even.
+
+    micro_batch   f_e and P_e of these N tokens
+    sequence      of each sequence by itself, then the mean over sequences (DeepSeek-V3, eq. 17-20): the strictest
+    global        f_e of the optimizer step's whole batch, P_e of these tokens: experts may specialise within it
+                  (Qiu 2025, "Demons in the detail"). f_e counts what has been seen so far: exact in the step's last
+                  micro-batch, less than the whole in those before. Outside training it is the micro-batch's
+    """
+    (n, n_expert), demand = probs.shape, plan.demand
+    if config.balance_scope == "sequence" and context.seq_len and n:
+        assert n % context.seq_len == 0, f"{n} tokens are no whole number of sequences of {context.seq_len}"
+        groups = n // context.seq_len
+        return balance_loss(probs.view(groups, -1, n_expert), tally(plan.experts, n_expert, used, groups))
+    if config.balance_scope == "global" and context.training:
+        demand = global_demand(demand, context)
+    return balance_loss(probs, demand)
+
+
+def global_demand(demand: Tensor, context: Context) -> Tensor:
+    """Choices of each expert (E,) in this optimizer step so far, this micro-batch with it, over all ranks."""
+    return sum_over_ranks(demand if context.load is None else demand + context.load)
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of x over all processes of a distributed run; x itself in a single one."""
+    if dist.is_available() and dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+@torch.no_grad()
+def update_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
+    """Once an optimizer step, in place: bias += rate * sign(mean load - load), then its mean is taken off.
+
+    bias (..., E) float32 and load (..., E), the demand summed over the step on this rank. An expert with too few
+    tokens becomes easier to choose, with no gradient of its own to disturb the model (Wang 2024, "Auxiliary-loss-free
+    load balancing"; DeepSeek-V3, sec. 2.1.2). Only differences of the bias matter: mean 0 keeps it from drifting.
+    """
+    load = sum_over_ranks(load).float()
+    bias += rate * (load.mean(-1, keepdim=True) - load).sign()
+    bias -= bias.mean(-1, keepdim=True)
+    return bias
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Router z-loss: mean over tokens of logsumexp(logits)^2, which keeps the logits small (Zoph 2022, eq. 5)."""
+    return mean_over_tokens(logits.logsumexp(-1).square())
+
+
+def drop(routing: Routing, factor: float) -> Routing:
+    """An expert serves its first C = ceil(factor * N K / E) choices in token order; others weigh 0 (Fedus 2021, eq. 3).
+
+    The weights that stay are not renormalised, and a token dropped by all its experts passes on the residual alone.
+    This studies what dropping does to the loss. It saves no time: the rows of dropped choices are computed all the
+    same, since R must be known without asking the GPU.
+    """
+    (n, k), n_expert = routing.experts.shape, len(routing.counts)
+    capacity = math.ceil(factor * n * k / n_expert)
+    live = routing.weights.detach() > 0                                              # an unused slot takes no place
+    served = F.pad(live.flatten()[routing.token.long()].cumsum(0), (1, 0))           # (R + 1,) live rows before row r
+    start = served[(routing.offsets - routing.counts).long()]                        # (E,)
+    rank = served[routing.slot.long()] - start[routing.experts.long()]               # (N, K) live ones before, same e
+    routing = replace(routing, weights=routing.weights.where(rank < capacity, 0.0))
+    if routing.stats:
+        lost = (live & (rank >= capacity)).sum() / routing.demand.sum().clamp(min=1)
+        routing.stats = routing.stats | {"dropped": routing.stats["dropped"] + lost}
+    return routing
 
 
 # --- policies -------------------------------------------------------------------------------------------------------
+# x are the logits of a token, S the experts it chooses, w_e their weights. The first line of each is what --list shows.
 
 
-def softmax_topk(logits: Tensor, config) -> Routing:
-    """Dropless top-k of a softmax: p = softmax(logits), the K largest p, divided by their sum if config.renormalize.
+@policy("softmax", causal=True, fused=True)
+def softmax(logits: Tensor, config, context: Context) -> Routing:
+    """Top-k of a softmax, weights renormalised or not (Shazeer 2017; Mixtral, Qwen3-MoE, OLMoE).
 
-    Qwen3-MoE and Mixtral renormalise; OLMoE does not. Renormalised, softmax and top-k may be done in either order; left
-    as they are, the weights say how much mass the token gives to the experts it did not visit. The choice is made
-    on the logits: softmax keeps their order, but its rounding can make two of them equal.
+        p = softmax(x)    S = the K largest p    w_e = p_e, or p_e / sum_S p if config.renormalize
+
+    Mixtral and Qwen3-MoE renormalise; OLMoE does not. Renormalised, w is the softmax of the chosen logits, in which
+    nothing can make 0 / 0; left as it is, it says how much mass the token gives to experts it did not visit.
     """
     logits, nonfinite = finite_rows(logits)
-    experts = top_k(logits, config.top_k)                                            # (N, K)
+    experts = top_k(preference(logits, softmax_rows, config, context), config.top_k)  # (N, K)
+    probs, index = logits.softmax(-1), experts.long()                                # (N, E), (N, K)
+    weights = logits.gather(-1, index).softmax(-1) if config.renormalize else probs.gather(-1, index)
+    return finish(logits, probs, weights, experts, nonfinite, config, context)
+
+
+def softmax_rows(x: Tensor) -> Tensor:
+    return x.softmax(-1)
+
+
+@policy("switch", causal=True, fused=True)
+def switch(logits: Tensor, config, context: Context) -> Routing:
+    """The one likeliest expert, weighed by its probability (Fedus 2021, eq. 1-2).
+
+        p = softmax(x)    S = argmax p    w = p
+
+    The weight must not be renormalised: it would be 1, whatever x, and the router would never learn.
+    """
+    assert config.top_k == 1, "the switch router visits one expert: top_k = 1"
+    logits, nonfinite = finite_rows(logits)
+    experts = top_k(preference(logits, softmax_rows, config, context), 1)            # (N, 1)
     probs = logits.softmax(-1)                                                       # (N, E)
-    weights = probs.gather(-1, experts.long())                                       # (N, K)
-    if config.renormalize:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return finish(logits, probs, weights, experts, nonfinite)
+    return finish(logits, probs, probs.gather(-1, experts.long()), experts, nonfinite, config, context)
 
 
-@policy("softmax", causal=True)
-def softmax(logits: Tensor, config) -> Routing:
-    """`softmax_topk`, by its kernels on a GPU. K <= 32 and E <= 1024 there: a tile of tokens must fit in registers."""
+@policy("sigmoid", causal=True, fused=True)
+def sigmoid(logits: Tensor, config, context: Context) -> Routing:
+    """Top-k of independent sigmoid scores, usually with a selection bias (DeepSeek-V3, eq. 12-16).
+
+        s = sigmoid(x)    S = the K largest s + bias    w_e = s_e / sum_S s, or s_e unless config.renormalize
+
+    The balance loss sees s / sum s. Both quotients are a softmax of log s, where no underflow can make them 0 / 0.
+    """
+    logits, nonfinite = finite_rows(logits)
+    experts = top_k(preference(logits, torch.sigmoid, config, context), config.top_k)
+    log_s = F.logsigmoid(logits)                                                     # (N, E)
+    chosen = log_s.gather(-1, experts.long())                                        # (N, K)
+    weights = chosen.softmax(-1) if config.renormalize else chosen.exp()
+    return finish(logits, log_s.softmax(-1), weights, experts, nonfinite, config, context)
+
+
+@policy("top_p", causal=True)
+def top_p(logits: Tensor, config, context: Context) -> Routing:
+    """As many experts as it takes to reach probability top_p, K at most (Huang 2024, "Harder tasks").
+
+        p = softmax(x), descending    S = the first m with p_1 + ... + p_m >= top_p, m <= K    w as for softmax
+
+    A sure token visits one expert, an unsure one several. Slots behind the m-th stay unused: their experts are the next
+    likeliest, of weight 0. Experts a token, on average: K times the sum of stats["load"].
+    """
+    logits, nonfinite = finite_rows(logits)
+    chosen_by = noisy(logits, config, context)
+    experts = top_k(chosen_by, config.top_k)
+    probs, index = logits.softmax(-1), experts.long()                                # (N, E), (N, K)
+    p = chosen_by.softmax(-1).gather(-1, index)
+    used = p.cumsum(-1) - p < config.top_p                                           # not yet reached before this one
+    chosen = logits.gather(-1, index).where(used, -torch.inf)
+    weights = chosen.softmax(-1) if config.renormalize else probs.gather(-1, index).where(used, 0.0)
+    return finish(logits, probs, weights, experts, nonfinite, config, context, used)
+
+
+@policy("expert_choice", causal=False)
+def expert_choice(logits: Tensor, config, context: Context) -> Routing:
+    """Each expert takes its likeliest N K / E tokens; a token may get many or none (Zhou 2022, eq. 1-2).
+
+        p = softmax(x)    expert e takes the C = ceil(N K / E) tokens of largest p_e    w_e = p_e, never renormalised
+
+    Load is even by construction. Not causal: a later token can take an earlier one's place, so a language model trained
+    like this has seen what it will not have when it writes. The plan's second axis is min(E, 2K) slots a token. One
+    taken by more experts loses the least likely (stats["dropped"]); unused slots hold its next likeliest, of weight 0.
+    """
+    assert config.capacity_factor is config.eval_capacity_factor is None, "expert choice has a capacity of its own"
+    logits, nonfinite = finite_rows(logits)
+    (n, n_expert), probs = logits.shape, logits.softmax(-1)
+    order = noisy(logits, config, context).softmax(-1).argsort(dim=0, descending=True, stable=True)  # (N, E)
+    capacity = math.ceil(n * config.top_k / n_expert)
+    taken = torch.zeros_like(probs).scatter_(0, order[:capacity], 1.0)               # (N, E) 1 where e takes the token
+    experts = top_k(taken + probs, min(n_expert, 2 * config.top_k))                  # taken ones first
+    used = taken.gather(-1, experts.long()) > 0
+    weights = probs.gather(-1, experts.long()).where(used, 0.0)
+    plan = finish(logits, probs, weights, experts, nonfinite, config, context, used)
+    if plan.stats:
+        plan.stats["dropped"] = 1 - used.sum() / max(n_expert * capacity, 1)
+    return plan
+
+
+@policy("hash", causal=True)
+def hash_ids(logits: Tensor, config, context: Context) -> Routing:
+    """Experts fixed for ever by a hash of the token's id, nothing learnt (Roller 2021, "Hash layers").
+
+        S = the K experts e of largest hash(id, e)    w_e = 1 / K
+    """
+    assert context.ids is not None, "the hash router chooses by token ids: pass Context(ids=...)"
+    n_expert = logits.shape[-1]
+    bits = context.ids.long()[:, None] * n_expert + torch.arange(n_expert, device=logits.device)     # (N, E), all apart
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):                       # MurmurHash3's last steps, 32 bits
+        bits = (bits ^ (bits >> shift)) * factor & 0xFFFFFFFF
+    return unlearnt(logits, (bits >> 8).float(), config, context)                    # 24 bits: exact in a float32
+
+
+@policy("random", causal=True)
+def random(logits: Tensor, config, context: Context) -> Routing:
+    """K experts at random, anew for every token, nothing learnt: the floor any router must beat.
+
+        S = K of E uniformly    w_e = 1 / K
+    """
+    return unlearnt(logits, torch.rand_like(logits), config, context)
+
+
+def unlearnt(logits: Tensor, scores: Tensor, config, context: Context) -> Routing:
+    """The K largest scores at equal weight. The balance loss is a constant 1: there is no probability to pull."""
+    logits, nonfinite = finite_rows(logits)
+    experts = top_k(scores, config.top_k)
+    weights, even = logits.new_full(experts.shape, 1 / config.top_k), torch.full_like(logits, 1 / logits.shape[-1])
+    return finish(logits, even, weights, experts, nonfinite, config, context)
+
+
+def kernels_serve(logits: Tensor, config, context: Context) -> bool:
+    """Whether `topk_kernels` takes this one: a tile of tokens must fit in registers, and noise is drawn in torch."""
     fits = len(logits) > 0 and config.top_k <= 32 and logits.shape[-1] <= 1024
-    return (softmax_kernels if fits and use_kernels(logits) else softmax_topk)(logits, config)
+    plain = config.balance_scope != "sequence" and not (context.training and config.router_noise > 0)
+    return fits and plain and use_kernels(logits)
 
 
 def use_kernels(x: Tensor) -> bool:
@@ -273,12 +539,26 @@ def tiling(n_expert: int) -> dict:
 
 
 @jit
-def route_fwd(logits, weights, experts, lse, hist, sums, N, T, E: constexpr, K: constexpr, RENORMALIZE: constexpr,
+def mirror(bits):
+    """A float32's bits as an int32 of the same order, or back: of a negative number all bits but the sign flip."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit
+def log_sigmoid(x):
+    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@jit
+def route_fwd(logits, bias, weights, experts, lse, hist, sums, N, T,
+              E: constexpr, K: constexpr, SIGMOID: constexpr, RENORMALIZE: constexpr,
               TILE: constexpr, ROWS: constexpr, BLOCK_E: constexpr, BLOCK_K: constexpr):
     """Reads the logits once, 4 N E bytes; writes weights, experts, lse, 4 N (2K + 1), and the tile sums, 4 T (2E + 4).
 
     A warp holds whole rows, so a maximum over experts never leaves it. K rounds of maximum need no sort and no memory:
     floats become integers of the same order, because a warp reduces an int32 in one instruction (redux.sync, 8.0 on).
+    Sigmoid scores are a softmax of log s wherever they are divided by their sum: s takes the place of x, and little
+    else changes. bias (E,) or None.
     """
     LOWEST: constexpr = -0x80000000                                                  # below every float: struck out
     tile = tl.program_id(0)
@@ -293,14 +573,23 @@ def route_fwd(logits, weights, experts, lse, hist, sums, N, T, E: constexpr, K: 
         x = tl.load(logits + base * E + (n[:, None] * E + e[None, :]), live[:, None] & real, other=0.0)
         finite = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1) < 0x7F800000   # (ROWS,): no exponent of all ones
         x = tl.where(finite[:, None], x, 0.0) + 0.0                                  # -0.0 + 0.0 = 0.0: they are equal
-        bits = x.to(tl.int32, bitcast=True)
-        key = tl.where(real, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST)             # integers in the order of floats
-        top = tl.max(key, 1)
-        top = (top ^ ((top >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)        # and back
+        key = tl.where(real, mirror(x.to(tl.int32, bitcast=True)), LOWEST)
+        top = mirror(tl.max(key, 1)).to(tl.float32, bitcast=True)
         shifted = tl.maximum(x - top[:, None], -200.0)                               # never -inf; exp is 0 long before
         p = tl.where(real, tl.exp(shifted), 0.0)
         total = tl.sum(p, 1)
         log_z = top + tl.log(total)
+        if SIGMOID:                                                                  # from here p is s / sum s
+            top = log_sigmoid(top)
+            shifted = tl.maximum(log_sigmoid(x) - top[:, None], -200.0)
+            p = tl.where(real, tl.exp(shifted), 0.0)
+            total = tl.sum(p, 1)
+        p *= tl.where(live, 1.0 / total, 0.0)[:, None]
+        mass += tl.sum(p, 0)
+        entropy = tl.log(total) - tl.sum(p * shifted, 1)                             # -sum p log p
+        if bias is not None:
+            score = (tl.sigmoid(x) if SIGMOID else p) + tl.load(bias + e, e < E, other=0.0)[None, :]
+            key = tl.where(real, mirror((score + 0.0).to(tl.int32, bitcast=True)), LOWEST)
 
         choice = tl.zeros((ROWS, BLOCK_K), tl.int32)
         value = tl.zeros((ROWS, BLOCK_K), tl.int32)
@@ -311,18 +600,22 @@ def route_fwd(logits, weights, experts, lse, hist, sums, N, T, E: constexpr, K: 
             choice = tl.where(kk == k, winner[:, None], choice)
             value = tl.where(kk == k, best[:, None], value)
 
-        value = (value ^ ((value >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        w = tl.where(kk < K, tl.exp(value - top[:, None]), 0.0)
-        w *= (1.0 / (tl.sum(w, 1) if RENORMALIZE else total))[:, None]
         at, kept = base * K + (n[:, None] * K + kk), live[:, None] & (kk < K)
+        value = mirror(value).to(tl.float32, bitcast=True)                           # the chosen logits
+        if bias is not None:                                                         # the key was not the logit
+            value = tl.load(logits + base * E + (n[:, None] * E + choice), kept & finite[:, None], other=0.0)
+        if SIGMOID:
+            value = log_sigmoid(value)
+        if RENORMALIZE:
+            w = tl.where(kk < K, tl.exp(value - tl.max(tl.where(kk < K, value, float("-inf")), 1)[:, None]), 0.0)
+            w *= (1.0 / tl.sum(w, 1))[:, None]
+        else:
+            w = tl.exp(value if SIGMOID else value - log_z[:, None])
         tl.store(weights + at, w, kept)
         tl.store(experts + at, choice, kept)
         tl.store(lse + base + n, tl.where(finite, log_z, float("inf")), live)        # inf: a row without gradient
 
-        p *= tl.where(live, 1.0 / total, 0.0)[:, None]
         load += tl.sum(((key == LOWEST) & real & live[:, None]).to(tl.int32), 0)
-        mass += tl.sum(p, 0)
-        entropy = tl.log(total) - tl.sum(p * shifted, 1)                             # -sum p log p
         dropped = tl.sum((kept & (w == 0.0)).to(tl.float32), 1)
         two = tl.where(s[None, :] == 0, (log_z * log_z)[:, None], entropy[:, None])
         more = tl.where(s[None, :] == 2, dropped[:, None], (finite == 0).to(tl.float32)[:, None])
@@ -385,8 +678,8 @@ def totals(ends, sums, counts, offsets, load, scalars, N, T,
 
 
 @jit
-def route_bwd(logits, lse, weights, experts, load, d_weights, d_scalars, d_logits, N,
-              E: constexpr, K: constexpr, RENORMALIZE: constexpr, ROWS: constexpr, BLOCK_E: constexpr):
+def route_bwd(logits, lse, weights, experts, share, d_weights, d_scalars, d_logits, N, E: constexpr, K: constexpr,
+              SIGMOID: constexpr, RENORMALIZE: constexpr, ROWS: constexpr, BLOCK_E: constexpr):
     """Reads the logits once more and writes their gradient: 8 N E bytes, and 4 N (3K + 1) for weights, experts and lse.
 
     The definition keeps probs, weights and the top-k's scores for autograd. Here p comes back as exp(x - lse), and:
@@ -394,6 +687,8 @@ def route_bwd(logits, lse, weights, experts, load, d_weights, d_scalars, d_logit
         renormalised           dx_e = w_e (dw_e - sum_j w_j dw_j) for chosen e: w is a softmax of the chosen logits
         balance                dx_e = p_e (g_e - sum_i p_i g_i), g_e = E f_e / N
         z                      dx_e = p_e 2 lse / N
+    Sigmoid: the first three are gradients of log s, so p is s / sum s there, times d log s / dx = 1 - s; and weights as
+    they are, w_e = s_e, depend on no other expert.
     """
     base = tl.program_id(0).to(tl.int64) * ROWS
     n, e = tl.arange(0, ROWS), tl.arange(0, BLOCK_E)
@@ -412,12 +707,17 @@ def route_bwd(logits, lse, weights, experts, load, d_weights, d_scalars, d_logit
         dw = tl.load(d_weights + choice, live, other=0.0)
         w_dw = tl.where(hit, (w * dw)[:, None], w_dw)
         w_chosen = tl.where(hit, w[:, None], w_chosen)
-    spread = w_chosen if RENORMALIZE else p
-    dx = w_dw - spread * tl.sum(w_dw, 1)[:, None]
-
-    g = tl.load(d_scalars) * E / N * tl.load(load + e, real, other=0.0)              # (BLOCK_E,)
-    z = tl.load(d_scalars + 1) * 2.0 / N * log_z                                     # (ROWS,)
-    dx += p * (g[None, :] - tl.sum(p * g[None, :], 1)[:, None] + z[:, None])
+    d_z = p * (tl.load(d_scalars + 1) * 2.0 / N * log_z)[:, None]
+    if SIGMOID:
+        y = log_sigmoid(x)
+        p = tl.exp(y - tl.max(y, 1)[:, None])                                        # 0 beyond the E experts
+        p /= tl.sum(p, 1)[:, None]
+    dx = w_dw
+    if RENORMALIZE or not SIGMOID:
+        dx -= (w_chosen if RENORMALIZE else p) * tl.sum(w_dw, 1)[:, None]
+    g = tl.load(d_scalars) * E / N * tl.load(share + e, real, other=0.0)             # (BLOCK_E,)
+    dx += p * (g[None, :] - tl.sum(p * g[None, :], 1)[:, None])
+    dx = dx * tl.sigmoid(-x) + d_z if SIGMOID else dx + d_z
     dx = tl.where((log_z < float("inf"))[:, None], dx, 0.0)                          # a row replaced by zeros
     tl.store(d_logits + at, dx, live[:, None] & real[None, :])
 
@@ -448,14 +748,14 @@ def combine_rows(rows, slot, x, D, K: constexpr, BLOCK_D: constexpr):
 # --- the kernels: launching them ------------------------------------------------------------------------------------
 
 
-def run_route_fwd(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, ...]:
+def run_route_fwd(logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, renormalize: bool) -> tuple[Tensor, ...]:
     """Returns weights and experts (N, K), lse (N,), ends (E, T) int32 and sums (E + 4, T): see route_fwd."""
     (n, n_expert), shape = logits.shape, tiling(logits.shape[1])
     n_tile = triton.cdiv(n, shape["TILE"])
     weights, lse, sums = logits.new_empty(n, k), logits.new_empty(n), logits.new_empty(n_expert + 4, n_tile)
     experts = logits.new_empty(n, k, dtype=torch.int32)
     hist = logits.new_empty(n_expert, n_tile, dtype=torch.int32)
-    route_fwd[(n_tile,)](logits, weights, experts, lse, hist, sums, n, n_tile, n_expert, k, renormalize,
+    route_fwd[(n_tile,)](logits, bias, weights, experts, lse, hist, sums, n, n_tile, n_expert, k, sigmoid, renormalize,
                          BLOCK_K=triton.next_power_of_2(k), **shape)
     return weights, experts, lse, hist.view(-1).cumsum(0, dtype=torch.int32).view_as(hist), sums
 
@@ -479,13 +779,14 @@ def run_totals(ends: Tensor, sums: Tensor, n: int, k: int) -> tuple[Tensor, ...]
     return counts, offsets, load, scalars
 
 
-def run_route_bwd(saved: tuple[Tensor, ...], d_weights: Tensor, d_scalars: Tensor, renormalize: bool) -> Tensor:
-    """Returns the gradient of the logits (N, E); saved is what `SoftmaxTopK` kept."""
+def run_route_bwd(saved: tuple[Tensor, ...], d_weights: Tensor, d_scalars: Tensor,
+                  sigmoid: bool, renormalize: bool) -> Tensor:
+    """Returns the gradient of the logits (N, E); saved is what `TopK` kept."""
     logits, weights, d_logits = saved[0], saved[2], torch.empty_like(saved[0])
     (n, n_expert), shape = logits.shape, tiling(logits.shape[1])
     del shape["TILE"]
     route_bwd[(triton.cdiv(n, shape["ROWS"]),)](*saved, d_weights.contiguous(), d_scalars.contiguous(), d_logits, n,
-                                                n_expert, weights.shape[1], renormalize, **shape)
+                                                n_expert, weights.shape[1], sigmoid, renormalize, **shape)
     return d_logits
 
 
@@ -498,48 +799,60 @@ def run_rows(kernel, source: Tensor, slot: Tensor, n_row: int) -> Tensor:
     return out
 
 
-class SoftmaxTopK(torch.autograd.Function):
-    """The kernels behind `softmax_topk`. Keeps the logits for the backward pass, and 2K + 1 numbers a token."""
+class TopK(torch.autograd.Function):
+    """The kernels behind softmax, switch and sigmoid. Keeps the logits and 2K + 1 numbers a token."""
 
     @staticmethod
-    def forward(ctx, logits, k, renormalize):
-        logits = logits.contiguous()
-        weights, experts, lse, ends, sums = run_route_fwd(logits, k, renormalize)
-        counts, offsets, load, scalars = run_totals(ends, sums, len(logits), k)
+    def forward(ctx, logits, config, context):
+        logits, form = logits.contiguous(), kernel_form(config)
+        weights, experts, lse, ends, sums = run_route_fwd(logits, context.bias, config.top_k, *form)
+        counts, offsets, load, scalars = run_totals(ends, sums, len(logits), config.top_k)
         slot, token = run_place(experts, ends)
-        ctx.save_for_backward(logits, lse, weights, experts, load)
-        ctx.renormalize = renormalize
+        share = load
+        if config.balance_scope == "global" and context.training:                    # f_e of more than these tokens
+            demand = global_demand(counts, context)
+            share = demand / demand.sum()
+            scalars[0] = len(load) / len(logits) * (share * sums[:len(load)].sum(1)).sum()
+        ctx.save_for_backward(logits, lse, weights, experts, share)
+        ctx.form = form
         ctx.mark_non_differentiable(experts, counts, offsets, slot, token, load)
         return weights, experts, counts, offsets, slot, token, load, scalars
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_weights, *others):
-        return run_route_bwd(ctx.saved_tensors, d_weights, others[-1], ctx.renormalize), None, None
+        return run_route_bwd(ctx.saved_tensors, d_weights, others[-1], *ctx.form), None, None
 
 
-def softmax_kernels(logits: Tensor, config) -> Routing:
-    """`softmax_topk` through the kernels: the same Routing, weights and losses to rounding, everything else exactly."""
-    *plan, load, scalars = SoftmaxTopK.apply(logits, config.top_k, bool(config.renormalize))
+def kernel_form(config) -> tuple[bool, bool]:
+    """(sigmoid, renormalize) of the kernels for a fused policy."""
+    return config.router == "sigmoid", bool(config.renormalize) and config.router != "switch"
+
+
+def topk_kernels(logits: Tensor, config, context: Context) -> Routing:
+    """A fused policy through the kernels: the same Routing, weights and losses to rounding, everything else exactly."""
+    *plan, load, scalars = TopK.apply(logits, config, context)
     names = ("entropy", "dropped", "nonfinite")
     stats = {"load": load} | dict(zip(names, scalars.detach()[2:].unbind()))
-    return Routing(*plan, {"balance": scalars[0], "z": scalars[1]}, stats)
+    return Routing(*plan, plan[2], {"balance": scalars[0], "z": scalars[1]}, stats)
 
 
 # --- the self-check -------------------------------------------------------------------------------------------------
 
 
-def check(routing: Routing, n_token: int, n_expert: int, k: int) -> None:
+def check(routing: Routing, n_token: int, n_expert: int) -> None:
     """Assert every line of the contract that can be read off one Routing."""
+    k = routing.experts.shape[1]
     rows = n_token * k
     flat = routing.experts.flatten().long()
     assert routing.weights.shape == routing.experts.shape == routing.slot.shape == (n_token, k)
     assert routing.weights.dtype == torch.float32 and routing.weights.isfinite().all() and (routing.weights >= 0).all()
-    for name in ("experts", "counts", "offsets", "slot", "token"):
+    for name in ("experts", "counts", "offsets", "slot", "token", "demand"):
         assert getattr(routing, name).dtype == torch.int32, name
     assert ((flat >= 0) & (flat < n_expert)).all(), "an expert that does not exist"
     assert all(len(set(row)) == k for row in routing.experts.tolist()), "a token visits the same expert twice"
     assert torch.equal(routing.counts.long(), torch.bincount(flat, minlength=n_expert)), "counts"
+    assert routing.demand.shape == (n_expert,) and (routing.demand <= routing.counts).all(), "demand"
     assert torch.equal(routing.offsets, routing.counts.cumsum(0, dtype=torch.int32)), "offsets"
     row = torch.arange(rows, device=flat.device)
     order = (flat * rows + row).argsort()                                            # expert first, then token order
@@ -548,11 +861,16 @@ def check(routing: Routing, n_token: int, n_expert: int, k: int) -> None:
     assert set(routing.losses) == {"balance", "z"} and {"load", "entropy", "dropped", "nonfinite"} <= set(routing.stats)
 
 
-def check_causal(name: str, logits: Tensor, config) -> bool:
-    """Whether an earlier token keeps its experts and weights when every later token changes."""
+def check_causal(logits: Tensor, config, context: Context) -> bool:
+    """Whether an earlier token keeps its experts and weights when every later token changes (and chance does not)."""
     half = len(logits) // 2
     changed = torch.cat([logits[:half], -logits[half:]])
-    a, b = POLICIES[name].route(logits, config), POLICIES[name].route(changed, config)
+    ids = None if context.ids is None else torch.cat([context.ids[:half], context.ids[half:] + 1])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        a = route(logits, config, context)
+        torch.manual_seed(0)
+        b = route(changed, config, replace(context, ids=ids))
     return torch.equal(a.experts[:half], b.experts[:half]) and torch.equal(a.weights[:half], b.weights[:half])
 
 
@@ -580,19 +898,20 @@ def bytes_moved(n: int, e: int, k: int, d: int) -> dict[str, tuple[int, int]]:
 
 def functions_timed(n: int, e: int, k: int, d: int) -> dict[str, tuple[Callable, Callable]]:
     """The same rows as `bytes_moved`, as (definition, kernels) to call on a GPU."""
-    config = SimpleNamespace(router="softmax", top_k=k, renormalize=True)
+    config, here = settings("softmax", k), Context()
     logits = torch.randn(n, e, device="cuda", requires_grad=True)
-    plan, fused = softmax_topk(logits, config), softmax_kernels(logits, config)
+    plan, fused = softmax(logits, config, here), topk_kernels(logits, config, here)
+    score = lambda: run_route_fwd(logits.detach(), None, k, False, True)
     x, d_weights = torch.randn(n, d, device="cuda", dtype=torch.bfloat16), torch.randn_like(plan.weights)
-    rows, ends = gather(x, plan.slot), run_route_fwd(logits.detach(), k, True)[3]
+    rows, ends = gather(x, plan.slot), score()[3]
 
     def backward(routing):
         loss = (routing.weights * d_weights).sum() + routing.losses["balance"] + routing.losses["z"]
         return lambda: torch.autograd.grad(loss, logits, retain_graph=True)
 
     return {
-        "route, forward": (lambda: softmax_topk(logits, config), lambda: softmax_kernels(logits, config)),
-        "  of it route_fwd": (lambda: top_k(logits.softmax(-1), k), lambda: run_route_fwd(logits.detach(), k, True)),
+        "route, forward": (lambda: softmax(logits, config, here), lambda: topk_kernels(logits, config, here)),
+        "  of it route_fwd": (lambda: top_k(logits.softmax(-1), k), score),
         "  of it place": (lambda: place(plan.experts, e), lambda: run_place(plan.experts, ends)),
         "route, backward": (backward(plan), backward(fused)),
         "gather": (lambda: x.index_select(0, plan.token // k), lambda: run_rows(gather_rows, x, plan.slot, n * k)),
@@ -601,7 +920,7 @@ def functions_timed(n: int, e: int, k: int, d: int) -> dict[str, tuple[Callable,
     }
 
 
-def lesson(n: int = 16384, e: int = 128, k: int = 8, d: int = 2048) -> None:
+def print_kernels(n: int = 16384, e: int = 128, k: int = 8, d: int = 2048) -> None:
     """Print definition against kernels: megabytes moved and, on a GPU, microseconds and share of the copy floor."""
     print(f"\ndefinition -> kernels at N = {n}, E = {e}, K = {k}, D = {d}")
     moved, gpu = bytes_moved(n, e, k, d), triton is not None and torch.cuda.is_available()
@@ -619,24 +938,94 @@ def lesson(n: int = 16384, e: int = 128, k: int = 8, d: int = 2048) -> None:
     print(f"  copy rate measured: {rate / 1e6:.2f} TB/s" if gpu else "  no GPU here: nothing to time")
 
 
-def main(n_token: int = 512, n_expert: int = 16, k: int = 4) -> None:
-    logits = torch.randn(n_token, n_expert, generator=torch.Generator().manual_seed(0))
-    logits += torch.linspace(1, -1, n_expert)                                        # a router with favourites
-    print(f"{n_token} tokens, {n_expert} experts, top-{k}; balance loss: 1 is perfect, {n_expert / k:g} the worst\n")
-    print(f"  {'policy':12s} contract  causal  balance      z  entropy  dropped")
-    for name, entry in POLICIES.items():
-        config = SimpleNamespace(router=name, top_k=k, renormalize=True)
-        routing = route(logits, config)
-        check(routing, n_token, n_expert, k)
-        assert not entry.causal or check_causal(name, logits, config), f"{name} says it is causal and is not"
-        s, loss = routing.stats, routing.losses
-        print(f"  {name:12s} ok        {'yes' if entry.causal else 'no':6s} {loss['balance']:8.3f} {loss['z']:6.2f} "
-              f"{s['entropy']:8.2f} {s['dropped']:8.1%}")
-        for e, share in enumerate(s["load"].tolist()):
-            print(f"    expert {e:3d} {share:6.2%} {'#' * round(share * n_expert * 20)}")
-        print(f"    {'even load':10s} {1 / n_expert:6.2%} {'#' * 20}")
-    lesson()
+# The policies side by side: `python router.py`, `--list`, `--policy NAME`.
+
+
+def describe(name: str) -> str:
+    """A policy on one line: name, whether it is causal, and the first line of its docstring."""
+    entry = POLICIES[name]
+    return f"{name:14s} {'causal' if entry.causal else 'not causal':11s} {entry.route.__doc__.partition(chr(10))[0]}"
+
+
+def example(name: str, n: int = 512, e: int = 16, k: int = 4) -> tuple[Tensor, SimpleNamespace, Context]:
+    """Logits (N, E) of a router with favourites, a config, and tokens of which some are far more frequent."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(n, e, generator=draw) + torch.linspace(1, -1, e)
+    ids = (256 * torch.rand(n, generator=draw) ** 3).long()
+    return logits, settings(name, 1 if name == "switch" else k), Context(ids, training=True)
+
+
+def figures(name: str) -> dict:
+    """What a policy does with its `example`, having checked its promises: numbers for a table, JSON or a picture."""
+    logits, config, context = example(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        routing = route(logits, config, context)
+    check(routing, *logits.shape)
+    assert not POLICIES[name].causal or check_causal(logits, config, context), f"{name} says it is causal and is not"
+    numbers = {key: value.tolist() for key, value in (routing.losses | routing.stats).items()}
+    return {"policy": name, "n_token": len(logits), "n_expert": logits.shape[1], "top_k": config.top_k} | numbers
+
+
+def print_policies() -> None:
+    print("512 tokens, 16 experts, top-4 (switch: top-1), logits with favourites; balance loss: 1 is perfect\n")
+    print("  policy         balance      z  entropy  busiest expert  idle slots  dropped")
+    for name in POLICIES:
+        f = figures(name)
+        used = sum(f["load"])
+        print(f"  {name:14s} {f['balance']:7.3f} {f['z']:6.2f} {f['entropy']:8.2f} {max(f['load']) / used * 16:8.2f} x even "
+              f"{1 - used:11.1%} {f['dropped']:8.1%}")
+    print()
+    for name in POLICIES:
+        print("  " + describe(name))
+
+
+def show_policy(name: str, folder: str = "out") -> None:
+    """Print one policy's load and leave it in FOLDER/router_NAME.json, and drawn in .png."""
+    f, path = figures(name), Path(folder) / f"router_{name}"
+    even = sum(f["load"]) / f["n_expert"]
+    print(describe(name) + f"\n\n{f['n_token']} tokens, top-{f['top_k']}, share of the rows that each expert is chosen for:")
+    for e, share in enumerate(f["load"]):
+        print(f"  expert {e:3d} {share:6.2%} {'#' * round(20 * share / even)}")
+    print(f"  {'even load':10s} {even:6.2%} {'#' * 20}")
+    print(f"entropy {f['entropy']:.3f} nats   balance loss {f['balance']:.3f} (1: even)   dropped {f['dropped']:.1%}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(f, indent=1) + "\n")
+    draw_load(f, path.with_suffix(".png"))
+    print(f"wrote {path}.png and, its data, {path}.json")
+
+
+def draw_load(f: dict, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(6, 3), layout="constrained")
+    axes = picture.subplots()
+    axes.bar(range(f["n_expert"]), f["load"])
+    axes.axhline(sum(f["load"]) / f["n_expert"], color="black", linewidth=1, label="even load")
+    axes.set(xlabel="expert", ylabel="share of rows", title=f"router {f['policy']}: load on logits with favourites")
+    axes.legend()
+    picture.savefig(path, dpi=150)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Check every routing policy, and what the kernels save.")
+    parser.add_argument("--list", action="store_true", help="name the policies, one line each")
+    parser.add_argument("--policy", metavar="NAME", help="the load of one policy: text, out/router_NAME.png and .json")
+    args = parser.parse_args(arguments)
+    if args.policy is not None and args.policy not in POLICIES:
+        near = difflib.get_close_matches(args.policy, POLICIES, 1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        print(f"error: --policy={args.policy} is not one of {', '.join(POLICIES)}{hint}", file=sys.stderr)
+        return 2
+    if args.list:
+        print("\n".join(map(describe, POLICIES)))
+    elif args.policy:
+        show_policy(args.policy)
+    else:
+        print_policies()
+        print_kernels()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

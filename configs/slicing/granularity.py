@@ -1,0 +1,29 @@
+# How wide should one expert be? Width against number, at the same active and the same total size, for three sizes.
+#
+# Source    "Slicing and Dicing" (Li 2026), finding 2: the best width depends on the active size, hardly on the total.
+# Here      a token passes 2 D hidden units in a layer, as 1, 2, 4, 8 or 16 experts of 2 D ... D / 8, of eight times as
+#           many; D = 32, 64, 96; three seeds each. The best width is read off a parabola in log width for each size.
+# Run       python train.py configs/slicing/granularity.py --parallel=2          (--scale=8 --parallel on GPUs)
+# Scale     512,000 tokens of Python source a run; `scale`, 1 unless given, widens and lengthens.
+
+n_layer = 3
+d_model = 64 * scale
+n_head = 4 * scale
+n_kv_head = 2 * scale
+d_head = 16
+vocab_size = 264
+seq_len = 128
+
+micro_batch = 16 * scale    # 2,048 tokens a step
+max_steps = 250 * scale
+learning_rate = 4e-3 / scale
+warmup = 0.05
+eval_interval = 250 * scale
+eval_tokens = 131_072
+log_interval = 100
+checkpoint_interval = 250 * scale
+seeds = [1, 2, 3]
+
+runs = [dict(name=f"d{d}-top{k}", group=f"d_model {d}", d_model=d, n_head=d // 16, n_kv_head=d // 32,
+             d_expert=2 * d // k, top_k=k, n_expert=8 * k)
+        for d in (32 * scale, 64 * scale, 96 * scale) for k in (1, 2, 4, 8, 16)]
