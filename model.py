@@ -139,6 +139,12 @@ class ModelConfig:
                 f"seq_len = {self.seq_len} must not exceed max_seq_len = {self.max_seq_len}")
         require(self.router in POLICIES,
                 f"router = {self.router!r} is not one of {', '.join(POLICIES)}{closest(self.router, POLICIES)}")
+        require(self.router != "switch" or self.top_k == 1, f"router = 'switch' visits one expert: set top_k = 1, "
+                                                            f"not {self.top_k}")
+        require(self.bias_rate == 0 or self.router in ("softmax", "switch", "sigmoid"),
+                f"bias_rate = {self.bias_rate}: router = {self.router!r} has no bias to choose by")
+        require(self.router != "expert_choice" or self.capacity_factor is self.eval_capacity_factor is None,
+                "router = 'expert_choice' has a capacity of its own: leave capacity_factor and eval_capacity_factor")
         scopes = ("micro_batch", "sequence", "global")
         require(self.balance_scope in scopes,
                 f"balance_scope = {self.balance_scope!r} must be one of {', '.join(scopes)}")
@@ -615,16 +621,7 @@ class Model(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Output:
         """tokens (B, T) int64; targets (B, T) are the tokens that come next. A cache continues where it stands."""
-        x, routings = self.embed(tokens), []
-        start = cache.used if cache is not None else 0
-        assert isinstance(start, Tensor) or start + tokens.shape[1] <= self.config.max_seq_len, "more than max_seq_len"
-        cos, sin = rope_tables(start, tokens.shape[1], self.config, tokens.device)
-        for block in self.blocks:
-            x, routing = block(x, tokens, cos, sin, cache)
-            routings += [routing] if routing else []
-        if cache is not None:
-            cache.used += tokens.shape[1]
-        x = self.norm(x)
+        x, routings = self.hidden(tokens, cache)
         names = routings[0].stats if routings else ()
         stats = {name: torch.stack([r.stats[name] for r in routings]) for name in names}
         if targets is None:
@@ -636,6 +633,19 @@ class Model(nn.Module):
         balance, z = (torch.stack([losses[name] for losses in found]).mean() if found else ce.new_zeros(())
                       for name in ("balance", "z"))
         return Output(None, ce, balance, z, stats)
+
+    def hidden(self, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, list[Routing]]:
+        """What the head reads, (B, T, D), and the plan of each layer that has experts."""
+        x, routings = self.embed(tokens), []
+        start, T = cache.used if cache is not None else 0, tokens.shape[1]
+        assert isinstance(start, Tensor) or start + T <= self.config.max_seq_len, "more positions than max_seq_len"
+        cos, sin = rope_tables(start, T, self.config, tokens.device)
+        for block in self.blocks:
+            x, routing = block(x, tokens, cos, sin, cache)
+            routings += [routing] if routing else []
+        if cache is not None:
+            cache.used += T
+        return self.norm(x), routings
 
     @property
     def head_weight(self) -> Tensor:
@@ -1039,7 +1049,7 @@ class Decoder:
 
 
 def one_step(model: Model, tokens: Tensor, cache: Cache) -> Tensor:
-    return model(tokens, cache=cache).logits[:, -1]
+    return F.linear(model.hidden(tokens, cache)[0][:, -1], model.head_weight)          # of the last token alone
 
 
 compiled_step = torch.compile(one_step, fullgraph=True, dynamic=False)

@@ -4,16 +4,20 @@ router.py: which experts does a token visit, and with what weight?
 A mixture-of-experts layer owns E small feed-forward networks and sends each token to K of them. The router is the part
 that decides. It sees one row of E logits for a token and must answer three questions:
 
-    which K experts?      the largest logits, the lowest index first among equals
-    with what weight?     their softmax probabilities, renormalised to sum to 1 or left as they are
+    which K experts?      say, those of the largest logits, the lowest index first among equals
+    with what weight?     say, their softmax probabilities, renormalised to sum to 1 or left as they are
     in what order?        rows sorted by expert, so that each expert multiplies one contiguous block
 
-Everything downstream reads the answer from one object, `Routing`. A new routing idea is one function that fills it
-in and one decorator that names it: see `softmax_topk`, and then write your own below it.
+Everything downstream reads the answer from one object, `Routing`. A routing idea is one function that fills it in and
+one decorator that names it: see `softmax` and the six others, then write your own below them.
 
-The file reads in five parts: the contract; its definition in plain PyTorch, which runs anywhere; the policies; the same
-thing again as Triton kernels, which is what a GPU runs; and a self-check, `python router.py`, that sets one against
-the other. The kernels are tested against the definition, forward and every gradient.
+The file reads in six parts: the contract; the pieces in plain PyTorch, which runs anywhere; what keeps experts evenly
+busy; the policies; the commonest of them again as Triton kernels, which is what a GPU runs; and a self-check.
+The kernels are tested against the definition, forward and every gradient.
+
+    python router.py                    every policy checked and compared, and what the kernels save
+    python router.py --list             the policies, one line each
+    python router.py --policy NAME      the load one gives its experts: text, out/router_NAME.png and its data, .json
 
 Axes, everywhere in this file:
     N tokens    E experts    K experts a token visits (top-k)    R = N * K routed rows (known without asking the GPU)
@@ -27,6 +31,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -339,14 +344,11 @@ def softmax(logits: Tensor, config, context: Context) -> Routing:
     nothing can make 0 / 0; left as it is, it says how much mass the token gives to experts it did not visit.
     """
     logits, nonfinite = finite_rows(logits)
-    experts = top_k(preference(logits, softmax_rows, config, context), config.top_k)  # (N, K)
+    scores = preference(logits, partial(torch.softmax, dim=-1), config, context)     # (N, E)
+    experts = top_k(scores, config.top_k)                                            # (N, K)
     probs, index = logits.softmax(-1), experts.long()                                # (N, E), (N, K)
     weights = logits.gather(-1, index).softmax(-1) if config.renormalize else probs.gather(-1, index)
     return finish(logits, probs, weights, experts, nonfinite, config, context)
-
-
-def softmax_rows(x: Tensor) -> Tensor:
-    return x.softmax(-1)
 
 
 @policy("switch", causal=True, fused=True)
@@ -359,7 +361,7 @@ def switch(logits: Tensor, config, context: Context) -> Routing:
     """
     assert config.top_k == 1, "the switch router visits one expert: top_k = 1"
     logits, nonfinite = finite_rows(logits)
-    experts = top_k(preference(logits, softmax_rows, config, context), 1)            # (N, 1)
+    experts = top_k(preference(logits, partial(torch.softmax, dim=-1), config, context), 1)          # (N, 1)
     probs = logits.softmax(-1)                                                       # (N, E)
     return finish(logits, probs, probs.gather(-1, experts.long()), experts, nonfinite, config, context)
 
@@ -513,7 +515,7 @@ class Combine(torch.autograd.Function):
 
 
 # --- the kernels ----------------------------------------------------------------------------------------------------
-# The definition passes over the (N, E) logits 20 + K times forward and 21 times back, in some ninety launches, and
+# The definition passes over the (N, E) logits 20 + K times forward and 20 times back, in some ninety launches, and
 # sorts R integers between. At N = 16,384, E = 128, K = 8 one pass is 8.4 MB, a few microseconds of memory; a launch
 # costs about as much. So: read the logits once, keep the tile in registers, write only what the contract asks for.
 #
@@ -804,7 +806,8 @@ class TopK(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, config, context):
-        logits, form = logits.contiguous(), kernel_form(config)
+        logits, name = logits.contiguous(), config.router
+        form = name == "sigmoid", bool(config.renormalize) and name != "switch"      # sigmoid, renormalize
         weights, experts, lse, ends, sums = run_route_fwd(logits, context.bias, config.top_k, *form)
         counts, offsets, load, scalars = run_totals(ends, sums, len(logits), config.top_k)
         slot, token = run_place(experts, ends)
@@ -822,11 +825,6 @@ class TopK(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_weights, *others):
         return run_route_bwd(ctx.saved_tensors, d_weights, others[-1], *ctx.form), None, None
-
-
-def kernel_form(config) -> tuple[bool, bool]:
-    """(sigmoid, renormalize) of the kernels for a fused policy."""
-    return config.router == "sigmoid", bool(config.renormalize) and config.router != "switch"
 
 
 def topk_kernels(logits: Tensor, config, context: Context) -> Routing:
@@ -880,7 +878,7 @@ def check_causal(logits: Tensor, config, context: Context) -> bool:
 def bytes_moved(n: int, e: int, k: int, d: int) -> dict[str, tuple[int, int]]:
     """Bytes through main memory, (definition, kernels): rows of D in bfloat16, everything else 4 bytes a number.
 
-    The definition's are its operators' inputs and outputs, added up: 20 + K passes over the logits forward, 21 back.
+    The definition's are its operators' inputs and outputs, added up: 20 + K passes over the logits forward, 20 back.
     Its gather reads a token K times; its combine copies the rows into token order and then reads them again to add.
     """
     logits, r = 4 * n * e, n * k
@@ -890,7 +888,7 @@ def bytes_moved(n: int, e: int, k: int, d: int) -> dict[str, tuple[int, int]]:
         "route, forward": ((20 + k) * logits + 192 * r, score + sort + tiles * (3 * e + 4)),
         "  of it route_fwd": ((20 + k) * logits + 88 * r, score),
         "  of it place": (104 * r, sort),
-        "route, backward": (21 * logits, 2 * logits + 4 * n * (3 * k + 1)),
+        "route, backward": (20 * logits, 2 * logits + 4 * n * (3 * k + 1)),
         "gather": (4 * d * r, 2 * d * (n + r)),
         "combine": (2 * d * (3 * r + n), 2 * d * (n + r)),
     }
@@ -938,91 +936,79 @@ def print_kernels(n: int = 16384, e: int = 128, k: int = 8, d: int = 2048) -> No
     print(f"  copy rate measured: {rate / 1e6:.2f} TB/s" if gpu else "  no GPU here: nothing to time")
 
 
-# The policies side by side: `python router.py`, `--list`, `--policy NAME`.
+# The policies side by side, on the logits of a router with favourites.
 
 
 def describe(name: str) -> str:
     """A policy on one line: name, whether it is causal, and the first line of its docstring."""
-    entry = POLICIES[name]
-    return f"{name:14s} {'causal' if entry.causal else 'not causal':11s} {entry.route.__doc__.partition(chr(10))[0]}"
+    what = (POLICIES[name].route.__doc__ or "").partition("\n")[0]
+    return f"{name:14s}{'causal' if POLICIES[name].causal else 'not causal':12s}{what}"
 
 
-def example(name: str, n: int = 512, e: int = 16, k: int = 4) -> tuple[Tensor, SimpleNamespace, Context]:
-    """Logits (N, E) of a router with favourites, a config, and tokens of which some are far more frequent."""
+def figures(name: str, n: int = 512, e: int = 16) -> dict:
+    """Check a policy's promises on synthetic logits, and return what it does with them: numbers, ready for JSON."""
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(n, e, generator=draw) + torch.linspace(1, -1, e)
-    ids = (256 * torch.rand(n, generator=draw) ** 3).long()
-    return logits, settings(name, 1 if name == "switch" else k), Context(ids, training=True)
-
-
-def figures(name: str) -> dict:
-    """What a policy does with its `example`, having checked its promises: numbers for a table, JSON or a picture."""
-    logits, config, context = example(name)
+    ids = (256 * torch.rand(n, generator=draw) ** 3).long()                          # some tokens are frequent
+    config, context = settings(name, 1 if name == "switch" else 4), Context(ids, training=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        routing = route(logits, config, context)
-    check(routing, *logits.shape)
+        plan = route(logits, config, context)
+    check(plan, n, e)
     assert not POLICIES[name].causal or check_causal(logits, config, context), f"{name} says it is causal and is not"
-    numbers = {key: value.tolist() for key, value in (routing.losses | routing.stats).items()}
-    return {"policy": name, "n_token": len(logits), "n_expert": logits.shape[1], "top_k": config.top_k} | numbers
+    about = {"policy": name, "n_token": n, "n_expert": e, "top_k": config.top_k}
+    return about | {key: value.tolist() for key, value in (plan.losses | plan.stats).items()}
 
 
-def print_policies() -> None:
-    print("512 tokens, 16 experts, top-4 (switch: top-1), logits with favourites; balance loss: 1 is perfect\n")
-    print("  policy         balance      z  entropy  busiest expert  idle slots  dropped")
-    for name in POLICIES:
-        f = figures(name)
-        used = sum(f["load"])
-        print(f"  {name:14s} {f['balance']:7.3f} {f['z']:6.2f} {f['entropy']:8.2f} {max(f['load']) / used * 16:8.2f} x even "
-              f"{1 - used:11.1%} {f['dropped']:8.1%}")
-    print()
-    for name in POLICIES:
-        print("  " + describe(name))
+def print_policies(names) -> None:
+    print("512 tokens, 16 experts, top-4 (switch: top-1); balance loss: 1 is even, 4 the worst (switch: 16)\n")
+    print("  policy          balance      z  entropy  busiest expert  slots in use  dropped")
+    for f in map(figures, names):
+        busiest, used = 16 * max(f["load"]) / sum(f["load"]), sum(f["load"])
+        print(f"  {f['policy']:14s} {f['balance']:8.3f} {f['z']:6.2f} {f['entropy']:8.2f} {busiest:8.2f} x even "
+              f"{used:13.1%} {f['dropped']:8.1%}")
+    print("\n" + "\n".join("  " + describe(name) for name in names))
 
 
-def show_policy(name: str, folder: str = "out") -> None:
-    """Print one policy's load and leave it in FOLDER/router_NAME.json, and drawn in .png."""
-    f, path = figures(name), Path(folder) / f"router_{name}"
+def draw_policy(name: str, folder: Path = Path("out")) -> None:
+    """The load of one policy in text, and in FOLDER/router_NAME.png with its data beside it in .json."""
+    from matplotlib.figure import Figure
+
+    f, path = figures(name), folder / f"router_{name}.json"
     even = sum(f["load"]) / f["n_expert"]
-    print(describe(name) + f"\n\n{f['n_token']} tokens, top-{f['top_k']}, share of the rows that each expert is chosen for:")
+    print("\nshare of all rows that each expert is chosen for")
     for e, share in enumerate(f["load"]):
         print(f"  expert {e:3d} {share:6.2%} {'#' * round(20 * share / even)}")
     print(f"  {'even load':10s} {even:6.2%} {'#' * 20}")
-    print(f"entropy {f['entropy']:.3f} nats   balance loss {f['balance']:.3f} (1: even)   dropped {f['dropped']:.1%}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(f, indent=1) + "\n")
-    draw_load(f, path.with_suffix(".png"))
-    print(f"wrote {path}.png and, its data, {path}.json")
-
-
-def draw_load(f: dict, path: Path) -> None:
-    from matplotlib.figure import Figure
-
     picture = Figure(figsize=(6, 3), layout="constrained")
     axes = picture.subplots()
     axes.bar(range(f["n_expert"]), f["load"])
-    axes.axhline(sum(f["load"]) / f["n_expert"], color="black", linewidth=1, label="even load")
-    axes.set(xlabel="expert", ylabel="share of rows", title=f"router {f['policy']}: load on logits with favourites")
+    axes.axhline(even, color="black", linewidth=1, label="even load")
+    axes.set(xlabel="expert", ylabel="share of rows", title=f"{name}: load on logits with favourites")
     axes.legend()
-    picture.savefig(path, dpi=150)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(f, indent=1) + "\n")
+    picture.savefig(path.with_suffix(".png"), dpi=150)
+    print(f"\nwrote {path.with_suffix('.png')} and {path}")
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Check every routing policy, and what the kernels save.")
+    parser = argparse.ArgumentParser(description="Check and compare the routing policies.")
     parser.add_argument("--list", action="store_true", help="name the policies, one line each")
     parser.add_argument("--policy", metavar="NAME", help="the load of one policy: text, out/router_NAME.png and .json")
     args = parser.parse_args(arguments)
     if args.policy is not None and args.policy not in POLICIES:
         near = difflib.get_close_matches(args.policy, POLICIES, 1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        print(f"error: --policy={args.policy} is not one of {', '.join(POLICIES)}{hint}", file=sys.stderr)
+        print(f"error: policy {args.policy!r} is not one of {', '.join(POLICIES)}"
+              + (f", did you mean {near[0]}?" if near else ""), file=sys.stderr)
         return 2
     if args.list:
         print("\n".join(map(describe, POLICIES)))
     elif args.policy:
-        show_policy(args.policy)
+        print_policies([args.policy])
+        draw_policy(args.policy)
     else:
-        print_policies()
+        print_policies(POLICIES)
         print_kernels()
     return 0
 

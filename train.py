@@ -6,22 +6,35 @@ train.py: one command from a config file to a trained model.
     python train.py --help                                 every field, its meaning and default
     python train.py draw out/tiny out/tiny_dense           the figures again, and both losses in one
 
+A file that sets `runs = [dict(name=..., field=...), ...]` is a sweep: its other fields are shared, each run is a
+process of its own, and one that fails or runs out of memory does not stop the rest. The same command continues it.
+
+    python train.py configs/search/architecture.py         run after run, then a ranking in out/NAME/summary.md
+        --dry_run                                          only the table of runs: sizes, FLOPs, does each fit here
+        --report                                           only the summary of what there is so far
+        --only=deep,wide                                   only these runs
+        --parallel  --parallel=2                           a run on each GPU at once; two at once
+        --seeds=1,2,3  --scale=4                           each run once per seed; the file sees the name `scale`
+
 Top to bottom: the configuration and how it is checked; text to tokens on disk; which tokens make up step s; the
-learning rate at step s; checkpoints; evaluation; the loop; the figures of a run.
+learning rate at step s; checkpoints; evaluation; the loop; the figures of a run; sweeps.
 
 One rule runs through the file: everything a step needs is a function of (config, step). Which tokens, which learning
 rate, which random numbers: nothing is carried along except the weights and the optimizer. So a run that was
 interrupted at any step and continued ends, on a CPU, in the same weights to the last bit as one that was not.
 
 A run leaves in out/NAME: config.json, log.jsonl (a line a step), ckpt.pt, result.json, loss.png and experts.png.
+Exit codes: 0 done, or interrupted and saved; 2 bad input; 3 diverged. A sweep: 0 if every run has a result, else 1.
 """
 
 import argparse
 import ast
+import csv
 import glob
 import gzip
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -31,7 +44,9 @@ import resource
 import runpy
 import shutil
 import signal
+import statistics
 import struct
+import subprocess
 import sys
 import sysconfig
 import time
@@ -52,6 +67,7 @@ from model import (
     ModelConfig,
     closest,
     count,
+    load_model,
     load_tokenizer,
     memory,
     optional,
@@ -92,6 +108,7 @@ class Config(ModelConfig):
     device: str = "auto"                 # "cpu", "cuda", "cuda:1", ...; auto: the GPU if there is one
     dtype: str = "auto"                  # of matrix products, "float32" or "bfloat16"; auto: bfloat16 on a GPU
     compile: bool = False                # torch.compile the model
+    init_from: str = ""                  # start from these weights: a Hugging Face folder, or an earlier run's out_dir
     overwrite: bool = False              # throw an earlier run in out_dir away
 
     def validate(self) -> None:
@@ -137,18 +154,30 @@ TYPES = typing.get_type_hints(Config)
 
 def load_config(path: str, overrides: dict | None = None) -> Config:
     """Read a flat Python config file; overrides win. Names, types and values are checked alike wherever they stand."""
+    names = read_file(path)
+    require("runs" not in names, f"{path} is a sweep of several runs: `python train.py {path} --dry_run` lists them")
+    return make_config(names | (overrides or {}), f"out/{Path(path).stem}")
+
+
+def read_file(path: str, scale: float = 1) -> dict:
+    """The names a config file sets. It may use one it does not set: `scale`, the number behind --scale."""
     require(Path(path).is_file() and path.endswith(".py"), f"{path} is no config file; configs/tiny.py is one")
+    require(type(scale) in (int, float) and 0 < scale < math.inf, f"--scale={scale} must be a positive number")
     try:
-        names = runpy.run_path(path)
+        names = runpy.run_path(path, {"scale": scale})
     except (Exception, SystemExit) as error:
         raise BadInput(f"{path} does not run: {type(error).__name__}: {error}") from None
-    values = {name: value for name, value in names.items()
-              if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType))}
-    values |= overrides or {}
+    require(names.pop("scale", None) is scale, f"{path} sets scale, which is the command line's: --scale=N")
+    return {name: value for name, value in names.items()
+            if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType))}
+
+
+def make_config(values: dict, out_dir: str) -> Config:
+    """A Config that can be trained with on this machine, or BadInput; out_dir is where it goes unless it says."""
     for name in values:
-        require(name in TYPES, f"{name} is no config field{closest(name, TYPES)}")
+        require(name in TYPES, f"{name} is no config field{closest(name, [*TYPES, 'runs', 'seeds', 'name', 'group'])}")
     config = Config(**{name: convert(name, value) for name, value in values.items()})
-    config.out_dir = config.out_dir or f"out/{Path(path).stem}"
+    config.out_dir = config.out_dir or out_dir
     gpu = torch.cuda.is_available()
     config.device = ("cuda" if gpu else "cpu") if config.device == "auto" else config.device
     kind, _, number = config.device.partition(":")
@@ -181,24 +210,36 @@ def field_help() -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): [^#\n]*?# (.*)$", source, re.MULTILINE))
 
 
-def parse_command_line(argv: list[str]) -> Config:
+def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict]:
+    """(config file and options of sweeps, the fields that are given)."""
     parser = argparse.ArgumentParser(description="train a mixture-of-experts language model", allow_abbrev=False,
                                      usage="python train.py CONFIG.py [--name=value ...]")
     parser.add_argument("config", help="a flat Python file: one name = value a line (see configs/)")
-    meaning = field_help()
+    parser.add_argument("--scale", type=lambda text: literal("scale", text), default=1,
+                        help="what the name `scale` stands for in the file")
+    parser.add_argument("--dry_run", action="store_true", help="only the table of runs: sizes, FLOPs, does each fit")
+    sweeps = parser.add_argument_group("sweeps, files with several runs")
+    sweeps.add_argument("--report", action="store_true", help="only the summary of what there is so far")
+    sweeps.add_argument("--only", action="append", type=lambda text: text.split(","), help="only these runs")
+    sweeps.add_argument("--parallel", nargs="?", type=lambda text: literal("parallel", text), const=0,
+                        help="runs at once; no number: one a GPU")
+    sweeps.add_argument("--seeds", type=lambda text: [literal("seeds", seed) for seed in text.split(",")],
+                        help="repeat each run for these seeds")
+    meaning, known = field_help(), [action.dest for action in parser._actions]
     for f in fields(Config):
         text = f"{meaning[f.name]} (default {f.default!r})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", nargs="?", const="True", metavar=f.name.upper(), help=text)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise BadInput(f"unknown argument {unknown[0]}{closest(unknown[0].lstrip('-').partition('=')[0], TYPES)}")
-    given = {name: value for name, value in vars(args).items() if name != "config" and value is not None}
-    return load_config(args.config, {name: literal(name, value) for name, value in given.items()})
+        near = closest(unknown[0].lstrip("-").partition("=")[0], [*TYPES, *known])
+        raise BadInput(f"unknown argument {unknown[0]}{near}")
+    given = {name: value for name, value in vars(args).items() if name in TYPES and value is not None}
+    return args, {name: literal(name, value) for name, value in given.items()}
 
 
 def literal(name: str, text: str):
     """A command-line word as Python reads it; for text fields, as it stands."""
-    if TYPES[name] is str:
+    if TYPES.get(name) is str:
         return text
     try:
         return ast.literal_eval(text)
@@ -468,7 +509,7 @@ def open_run(config: Config, data: int) -> dict | None:
         there = (out / "ckpt.pt").is_file()
         then = json.loads((out / "config.json").read_text()) if there or (out / "config.json").is_file() else now
         state = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True) if there else None
-        changed = [f"{k} {then.get(k)!r} -> {v!r}" for k, v in now.items() if k not in MAY_CHANGE and then.get(k) != v]
+        changed = differences(then, now)
     except BadInput:
         raise
     except Exception as error:                                      # whatever a damaged file makes torch.load raise
@@ -483,6 +524,12 @@ def open_run(config: Config, data: int) -> dict | None:
     lines = log.read_text().splitlines(keepends=True) if state and log.is_file() else []     # later lines come again
     write_text_file(log, "".join(line for line in lines if logged_before(line, state["step"])))
     return state
+
+
+def differences(then: dict, now: dict) -> list[str]:
+    """What stands between two configs as JSON has them; a field that did not exist then has its default."""
+    then = json.loads(json.dumps({f.name: f.default for f in fields(Config)})) | then
+    return [f"{k} {then.get(k)!r} -> {v!r}" for k, v in now.items() if k not in MAY_CHANGE and then.get(k) != v]
 
 
 def lock(out: Path) -> None:
@@ -519,10 +566,16 @@ def logged_before(line: str, step: int) -> bool:
 # --- the machine ----------------------------------------------------------------------------------------------------
 
 
-PEAK_BF16 = {  # dense matrix products, FLOP/s, from the vendors' data sheets
-    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
-    "4090": 165e12, "3090": 71e12,
+# The vendors' data sheets: bytes of memory, its bytes/s, and FLOP/s of dense bf16 products summed in float32. (Those of
+# the 4060 and 4070 are taken as twice their float32 rate, the ratio that is printed for the larger cards.)
+CARDS = {
+    "4060": (8e9, 272e9, 30e12), "4070": (12e9, 504e9, 58e12), "4080": (16e9, 717e9, 97e12),
+    "3090": (24e9, 936e9, 71e12), "4090": (24e9, 1008e9, 165e12), "L4": (24e9, 300e9, 121e12),
+    "A10": (24e9, 600e9, 125e12), "A100-40": (40e9, 1555e9, 312e12), "L40S": (48e9, 864e9, 362e12),
+    "A100-80": (80e9, 2039e9, 312e12), "H100": (80e9, 3350e9, 989e12), "H200": (141e9, 4800e9, 989e12),
+    "B200": (192e9, 8000e9, 2250e12),
 }
+VARIANTS = {"Ti", "SUPER", "D", "Laptop"}     # words that make another card of a GeForce's number
 
 
 def peak_flops(config: Config) -> float | None:
@@ -530,7 +583,9 @@ def peak_flops(config: Config) -> float | None:
     if not config.device.startswith("cuda") or config.dtype != "bfloat16":
         return None
     words = torch.cuda.get_device_name(config.device).replace("-", " ").split()
-    return next((rate for key, rate in PEAK_BF16.items() if key in words), None)
+    if VARIANTS & set(words):
+        return None
+    return next((rate for key, (_, _, rate) in CARDS.items() if key.partition("-")[0] in words), None)
 
 
 def free_memory(device: str) -> int:
@@ -552,11 +607,17 @@ def free_memory(device: str) -> int:
 def peak_memory(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
+    if Path("/proc/self/status").is_file():           # getrusage would count what the parent held when it started us
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+class DoesNotFit(BadInput):
+    """The run needs more memory than there is."""
+
+
 def check_memory(config: Config) -> tuple[int, int]:
-    """(bytes the run needs, bytes there are); BadInput with the fix if it cannot fit."""
+    """(bytes the run needs, bytes there are); DoesNotFit with the fix if that is too little."""
     need, free = memory(config, config.micro_batch, config.dtype)["total"], free_memory(config.device)
     if need > free:
         fits = [(b, t) for t in (config.seq_len >> i for i in range(8)) for b in (config.micro_batch, 1)
@@ -564,7 +625,7 @@ def check_memory(config: Config) -> tuple[int, int]:
         fix = ("--micro_batch={} --seq_len={} would fit".format(*fits[0]) if fits else
                "weights, gradients and optimizer alone are too many: use a smaller model")
         need, free = need / 2**30, free / 2**30
-        raise BadInput(f"this run needs about {need:.1f} GiB and {config.device} has {free:.1f} GiB free: {fix}")
+        raise DoesNotFit(f"this run needs about {need:.1f} GiB and {config.device} has {free:.1f} GiB free: {fix}")
     return need, free
 
 
@@ -597,8 +658,11 @@ def autocast(config: Config):
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
+DIVERGED, OUT_OF_MEMORY = 3, 4                          # exit codes; 1 is left to errors nobody foresaw
+
+
 def train(config: Config) -> int:
-    """Train as the config says; returns the exit code: 0 done or interrupted and saved, 1 diverged."""
+    """Train as the config says; returns the exit code: 0 done or interrupted and saved, DIVERGED."""
     tokenizer = load_tokenizer(config.tokenizer)
     require(tokenizer.n_vocab <= config.vocab_size,
             f"vocab_size = {config.vocab_size} is less than the {tokenizer.n_vocab} of tokenizer {config.tokenizer!r}")
@@ -608,6 +672,7 @@ def train(config: Config) -> int:
     check_ids(blocks, config)
     check_ids(val, config)
     need, free = check_memory(config)
+    given = initial_weights(config)
     state = open_run(config, fingerprint(blocks))                           # nothing was written to out_dir before this
     last = total_steps(config)
     describe(config, blocks, val, last, need, free)
@@ -617,7 +682,10 @@ def train(config: Config) -> int:
 
     if config.device.startswith("cuda"):
         torch.cuda.set_device(config.device)                                # Triton launches on the current device
-    model = Model(config).init_weights(config.seed).to(config.device)
+    model = Model(config).init_weights(config.seed)
+    if given and not state:
+        model.load_state_dict(given, strict=False)                          # all but a selection bias it may not have
+    model, given = model.to(config.device), None
     groups, betas = parameter_groups(model, config.weight_decay), (config.beta1, config.beta2)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
     start, seconds, skipped = 0, 0.0, 0
@@ -651,6 +719,7 @@ def train(config: Config) -> int:
         norm = norm + 0 * sum(losses.sum() for losses, _ in parts)          # not finite if any loss is not
         optimizer.found_inf = (~norm.isfinite()).float()      # at 1 the fused step leaves the weights alone: a bad
         optimizer.step()                                      # step is skipped and the GPU is not asked
+        model.end_step(optimizer.found_inf)
         optimizer.zero_grad(set_to_none=True)
         log.step(step, tokens + batch, parts, norm, optimizer, n_bytes)
 
@@ -660,7 +729,7 @@ def train(config: Config) -> int:
             if log.longest_streak >= 10:
                 print(f"error: ten steps in a row were not finite, stopping at step {step}; the checkpoint in {out} is "
                       "the last good one: try a lower learning_rate", file=sys.stderr)
-                return 1
+                return DIVERGED
         if every(config.checkpoint_interval) and (log.skipped_in_a_row == 0 or step + 1 == last):
             save_checkpoint(out / "ckpt.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                               "step": step + 1, "seconds": log.seconds, "skipped": log.skipped})
@@ -672,6 +741,22 @@ def train(config: Config) -> int:
     final = log.evaluation(last, lambda: evaluate(step_model, val, config, token_bytes))
     finish(config, model, tokenizer, log, last, final)
     return 0
+
+
+SAME_WEIGHTS = {"seq_len", "max_seq_len", "aux_coef", "z_coef", "balance_scope", "bias_rate", "router_noise",
+                "capacity_factor", "eval_capacity_factor", "recompute", "init_scale"}       # a model may change these
+
+
+def initial_weights(config: Config) -> dict | None:
+    """The weights of init_from, of a model with this config's shape; BadInput with what to set if it has another."""
+    if not config.init_from:
+        return None
+    model, _ = load_model(config.init_from)
+    differ = [(f.name, getattr(model.config, f.name)) for f in fields(ModelConfig) if f.name not in SAME_WEIGHTS
+              and getattr(model.config, f.name) != getattr(config, f.name)]
+    require(not differ, f"init_from = {config.init_from!r} holds a model of another shape; to take it set "
+                        + " ".join(f"--{name}={value}" for name, value in differ))
+    return model.state_dict()
 
 
 def bytes_per_token(tokenizer, vocab_size: int) -> torch.Tensor:
@@ -699,17 +784,25 @@ def catch_signals() -> list[str]:
 
 def describe(config: Config, blocks: Blocks, val: Blocks, last: int, need: int, free: int) -> None:
     """What is about to happen, before it does."""
-    sizes, tokens = count(config), position(config, last)[0]
-    suffix, tied = ("", "tied") if config.tie_embeddings else ("_untied", "untied")
-    total, active = sizes["total" + suffix], sizes["active" + suffix]
+    sizes, tied = plan(config), "tied" if config.tie_embeddings else "untied"
+    total, active, tokens = sizes["n_total"], sizes["n_active"], sizes["tokens"]
     experts = f"{config.n_expert} experts, top-{config.top_k}" if config.n_expert > 1 else "no experts"
     print(f"{config.out_dir}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {tied} embeddings included; "
           f"{config.n_layer} layers, {experts}")
     print(f"data: {config.dataset} in {config.tokenizer}, {sum(map(len, blocks.arrays)):,} training and "
           f"{sum(map(len, val.arrays)):,} validation tokens")
     print(f"plan: {last:,} steps, {tokens:,} tokens ({tokens / (len(blocks) * config.seq_len):.2f} epochs), "
-          f"{sizes['flops_per_token'] * tokens:.3g} FLOPs; about {need / 2**30:.2f} GiB of the {free / 2**30:.1f} GiB "
+          f"{sizes['flops']:.3g} FLOPs; about {need / 2**30:.2f} GiB of the {free / 2**30:.1f} GiB "
           f"free on {config.device}, {config.dtype}", flush=True)
+
+
+def plan(config: Config) -> dict:
+    """Parameters (embeddings counted as the config ties them), steps, tokens and FLOPs of a run, from its config."""
+    sizes, suffix, last = count(config), "" if config.tie_embeddings else "_untied", total_steps(config)
+    tokens = position(config, last)[0]
+    return {"n_total": sizes["total" + suffix], "n_active": sizes["active" + suffix],
+            "n_active_without_embeddings": sizes["active"] - sizes["embedding"], "n_expert": config.n_expert,
+            "top_k": config.top_k, "steps": last, "tokens": tokens, "flops": sizes["flops_per_token"] * tokens}
 
 
 class Log:
@@ -789,14 +882,11 @@ class Log:
 
 def finish(config: Config, model: Model, tokenizer, log: Log, last: int, final: tuple[float, float]) -> None:
     """result.json, the figures and a sample of text: what a run leaves behind."""
-    sizes, out, suffix = count(config), Path(config.out_dir), "" if config.tie_embeddings else "_untied"
-    tokens = position(config, last)[0]
+    out, tokens = Path(config.out_dir), position(config, last)[0]
     result = {
-        "name": out.name, "status": "done", "loss": final[0], "bits_per_byte": final[1], "tokens": tokens,
-        "steps": last, "skipped": log.skipped, "n_total": sizes["total" + suffix], "n_active": sizes["active" + suffix],
-        "n_active_without_embeddings": sizes["active"] - sizes["embedding"], "n_expert": config.n_expert,
-        "top_k": config.top_k, "flops": sizes["flops_per_token"] * tokens, "seconds": log.seconds,
-        "tokens_per_s": tokens / max(log.seconds, 1e-9), "peak_memory": peak_memory(config.device),
+        "name": out.name, "status": "done", "loss": final[0], "bits_per_byte": final[1], **plan(config),
+        "skipped": log.skipped, "seconds": log.seconds, "tokens_per_s": tokens / max(log.seconds, 1e-9),
+        "peak_memory": peak_memory(config.device),
         "dataset": config.dataset, "tokenizer": config.tokenizer, "device": device_name(config.device),
         "dtype": config.dtype, "torch": torch.__version__, "python": platform.python_version(),
     }
@@ -866,34 +956,456 @@ def pyplot():
 
 
 def draw_experts(loads: list[dict], out: Path) -> None:
-    """A panel a layer, a row an expert, time to the right; colour is an expert's share of tokens over an even share."""
+    """Above, a panel a layer, a row an expert, time to the right; colour is an expert's share of tokens over an even
+    share. Below, what the log sums up of it: the busiest expert, the routers' indecision, experts without a token."""
     plt = pyplot()
-    from matplotlib.colors import TwoSlopeNorm
     load = np.array([x["load"] for x in loads])                             # (time, L, E)
-    load = load * load.shape[2]
-    layers, columns = load.shape[1], min(4, load.shape[1])
+    load, layers, columns = load * load.shape[2], load.shape[1], min(4, load.shape[1])
     rows = -(-layers // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns + 1, 2.2 * rows + 0.6), sharex=True, sharey=True,
-                                squeeze=False, layout="constrained")
-    for layer, axis in enumerate(axes.flat):
-        axis.set_visible(layer < layers)
-        if layer < layers:
-            image = axis.imshow(load[:, layer].T, aspect="auto", cmap="RdBu_r", interpolation="nearest",
-                                norm=TwoSlopeNorm(1, 0, max(2, np.percentile(load, 99.5))), origin="lower",
-                                extent=(0, loads[-1]["tokens"], -0.5, load.shape[2] - 0.5))
-            axis.set_title(f"layer {layer}", fontsize=9)
-    figure.supxlabel("training tokens", fontsize=9)
-    figure.supylabel("expert", fontsize=9)
-    figure.colorbar(image, ax=axes, label="share of tokens / even share", shrink=0.8)
-    figure.suptitle(f"{out.name}: who does the work", fontsize=10)
+    figure = plt.figure(figsize=(max(7, 3 * columns + 1), 2.2 * rows + 2.8), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[2.2 * rows + 0.4, 2.4])
+    axes = top.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    draw_loads(top, axes, load, loads[-1]["tokens"])
+    top.suptitle(f"{out.name}: who does the work", fontsize=10)
+    lines = [x for x in read_log(out) if x.get("load_max_over_mean") is not None]
+    for axis, name, label in zip(bottom.subplots(1, 3), ("load_max_over_mean", "entropy", "dead_experts"), (
+            "busiest expert, x even share", "entropy of the scores, nats", "experts without a token, all layers")):
+        axis.plot([x["tokens"] for x in lines], [x[name] for x in lines], linewidth=0.8)
+        axis.set_title(label, fontsize=9)
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    bottom.supxlabel("training tokens", fontsize=9)
     figure.savefig(out / "experts.png", dpi=150)
     plt.close(figure)
+
+
+def draw_loads(figure, axes, load: np.ndarray, tokens: int) -> None:
+    """load (time, L, E), 1 where even, as a heat map a layer over the training tokens."""
+    from matplotlib.colors import TwoSlopeNorm
+    for layer, axis in enumerate(axes.flat):
+        axis.set_visible(layer < load.shape[1])
+        if layer < load.shape[1]:
+            image = axis.imshow(load[:, layer].T, aspect="auto", cmap="RdBu_r", interpolation="nearest",
+                                norm=TwoSlopeNorm(1, 0, max(2, np.percentile(load, 99.5))), origin="lower",
+                                extent=(0, tokens, -0.5, load.shape[2] - 0.5))
+            axis.set_title(f"layer {layer}", fontsize=9)
+    figure.supylabel("expert", fontsize=9)
+    figure.colorbar(image, ax=axes, label="share of tokens / even share", shrink=0.8)
+
+
+# --- sweeps: what is run --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """One run of a sweep, kept in out/SWEEP/NAME. The one run of a file without `runs` has no name."""
+
+    name: str           # MODEL, or MODEL-s1, MODEL-s2, ... where several seeds repeat it
+    model: str          # the name in the file: what a mean over seeds is taken of
+    group: str          # `group` in the file: ranked apart, and a colour or a curve of its own in the figure
+    config: Config
+
+
+def load_runs(path: str, overrides: dict | None = None) -> list[Config]:
+    """The Config of every run of a sweep, or of the one run of a plain config file."""
+    return [run.config for run in read_runs(path, overrides)]
+
+
+def read_runs(path: str, overrides: dict | None = None, seeds: list | None = None, scale: float = 1) -> list[Run]:
+    """Every run of a file, each checked: overrides win over a run's own fields, which win over the shared ones."""
+    shared, overrides = read_file(path, scale), overrides or {}
+    if "runs" not in shared:
+        require(not seeds, f"{path} is one run: --seeds is for sweeps, use --seed")
+        return [Run("", "", "", make_config(shared | overrides, f"out/{Path(path).stem}"))]
+    entries, in_file = shared.pop("runs"), shared.pop("seeds", [])
+    seeds = seeds or in_file
+    require(isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries),
+            f"{path}: runs must be a list of dict(name=..., field=...)")
+    require(isinstance(seeds, list) and all(type(seed) is int for seed in seeds) and len({*seeds}) == len(seeds),
+            f"{path}: seeds = {seeds!r} must be different whole numbers, such as [1, 2, 3]")
+    require(not seeds or "seed" not in overrides, "--seed would make the seeds of a run all the same: use --seeds")
+    folder = overrides.get("out_dir") or shared.get("out_dir") or f"out/{Path(path).stem}"
+    runs = [make_run(entry, seed, f"-s{seed}" if len(seeds) > 1 else "", shared, overrides, folder)
+            for entry in entries for seed in seeds or [None]]
+    names = [run.name for run in runs]
+    twice = [name for name in names if names.count(name) > 1]
+    require(not twice, f"{path} has two runs named {twice and twice[0]}")
+    return runs
+
+
+def make_run(entry: dict, seed: int | None, suffix: str, shared: dict, overrides: dict, folder: str) -> Run:
+    model, group = entry.get("name"), entry.get("group", "")
+    safe = isinstance(model, str) and re.fullmatch(r"[A-Za-z0-9][\w.+=-]{0,99}", model)
+    require(bool(safe), f"a run's name must be letters, digits and . _ + = - (it becomes a folder), not {model!r}")
+    require(isinstance(group, str), f"run {model}: group = {group!r} must be a text")
+    own = {name: value for name, value in entry.items() if name not in ("name", "group")}
+    require("out_dir" not in own, f"run {model}: out_dir is the whole sweep's, set it beside runs")
+    require(seed is None or "seed" not in own, f"run {model} sets seed, and the sweep seeds: keep one of the two")
+    values = shared | own | overrides | {"out_dir": f"{folder}/{model}{suffix}"}
+    try:
+        config = make_config(values if seed is None else values | {"seed": seed}, "")
+    except BadInput as error:
+        raise BadInput(f"run {model}: {error}") from None
+    return Run(model + suffix, model, group, config)
+
+
+def select(runs: list[Run], only: list[list[str]] | None) -> list[Run]:
+    """The runs that --only names, by their own name or, for all their seeds, by the name in the file."""
+    wanted, known = [name for names in only or [] for name in names], {n for run in runs for n in (run.name, run.model)}
+    for name in wanted:
+        require(name in known, f"--only={name} is no run of this sweep{closest(name, known)}")
+    return [run for run in runs if not wanted or run.name in wanted or run.model in wanted]
+
+
+def print_plans(runs: list[Run]) -> None:
+    """The table of --dry_run. Nothing is allocated for it, whatever the size."""
+    names, flops = [Path(run.config.out_dir).name for run in runs], 0
+    width = max(map(len, names))
+    print(f"{'run':{width}}      total     active         tokens    FLOPs    memory  fits here")
+    for name, run in zip(names, runs):
+        config, sizes, free = run.config, plan(run.config), free_memory(run.config.device)
+        need = memory(config, config.micro_batch, config.dtype)["total"]
+        fits = "yes" if need <= free else f"no, {config.device} has {free / 2**30:.1f} GiB free"
+        print(f"{name:{width}} {sizes['n_total'] / 1e6:9,.2f}M {sizes['n_active'] / 1e6:9,.2f}M "
+              f"{sizes['tokens']:14,} {sizes['flops']:8.2e} {need / 2**30:5.2f} GiB  {fits}", flush=True)
+        flops += sizes["flops"]
+    print(f"{len(runs)} runs, {flops:.3g} FLOPs; parameters include embeddings, counted as each run ties them")
+
+
+# --- sweeps: running ------------------------------------------------------------------------------------------------
+
+
+RESULTS = ("done", "out of memory", "diverged")     # not run again, but these are: "failed", "interrupted" (running, or
+#                                                     stopped before its end), "skipped" (not chosen, or not reached)
+
+
+@dataclass
+class Started:
+    """A run in its process."""
+
+    run: Run
+    slot: int                    # which of the runs at once: its GPU
+    process: subprocess.Popen
+    log: Path
+    offset: int                  # where this attempt begins in the log
+    kills: int | None            # oom_kills() before it
+    clock: float                 # when it began
+
+
+def sweep(args: argparse.Namespace, runs: list[Run]) -> int:
+    """Run what has no result yet, then sum up. Exit code 0 when every chosen run has a result, else 1."""
+    folder, chosen = Path(runs[0].config.out_dir).parent, select(runs, args.only)
+    if args.report:
+        require(folder.is_dir(), f"{folder} holds no run of {args.config} yet")
+        for run in runs:                                                   # they may have run on another machine
+            out = Path(run.config.out_dir)
+            then = read_json(out / "outcome.json").get("config") or read_json(out / "config.json")
+            run.config = replace(run.config, **{k: then[k] for k in ("device", "dtype") if k in then})
+    else:
+        gpus = torch.cuda.device_count() if runs[0].config.device.startswith("cuda") else 1
+        parallel = {None: 1, 0: gpus}.get(args.parallel, args.parallel)
+        require(type(parallel) is int and parallel > 0, f"--parallel={parallel} must be a number of runs at once")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
+        run_all(chosen, parallel)
+    summarise(folder, runs)
+    return 0 if all(outcome(run)[0] in RESULTS for run in chosen) else 1
+
+
+def run_all(chosen: list[Run], parallel: int) -> None:
+    """Keep `parallel` processes busy until all have ended. Ctrl-C and SIGTERM are passed on, once: the runs save."""
+    waiting = [run for run in chosen if run.config.overwrite or outcome(run)[0] not in RESULTS]
+    print(f"{len(chosen)} runs, {len(chosen) - len(waiting)} of them have a result; {parallel} at once", flush=True)
+    work = {run.name: plan(run.config)["flops"] for run in waiting}        # the time left goes by it
+    stop, told, begin, n, done = catch_signals(), False, time.monotonic(), len(waiting), 0
+    slots, live = list(range(parallel)), []
+    while live or (waiting and not stop):
+        while slots and waiting and not stop:
+            live.append(start(waiting.pop(0), slots.pop(0), parallel))
+        if stop and not told:
+            told = True
+            for one in live:
+                one.process.terminate()
+        time.sleep(0.1)
+        for one in [one for one in live if one.process.poll() is not None]:
+            live.remove(one)
+            slots.append(one.slot)
+            record(one, bool(stop))
+            status, reason, result = outcome(one.run)
+            flops, now = work.pop(one.run.name), time.monotonic()
+            done += flops if result else 0
+            left = f", about {(now - begin) * sum(work.values()) / done / 60:.0f} minutes left" if done else ""
+            print(f"{n - len(work)} of {n}: {one.run.name} {status}, "
+                  f"{'loss {:.4f}'.format(result['loss']) if result else reason}, {now - one.clock:.0f} s; "
+                  f"{len(live)} running, {len(waiting)} waiting{left}", flush=True)
+    if stop:
+        print(f"stopped by {stop[0]}: the same command continues")
+
+
+def start(run: Run, slot: int, parallel: int) -> Started:
+    """A process of its own for the run: on its GPU, or with its share of the threads. Its output goes to train.log."""
+    out, environment = Path(run.config.out_dir), dict(os.environ)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "outcome.json").unlink(missing_ok=True)
+    if run.config.device == "cpu" and parallel > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // parallel)))
+    if run.config.device == "cuda":                                        # ("cuda:1" stays where it wants to be)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    command = [sys.executable, "-u", __file__, "--run", json.dumps(asdict(run.config))]
+    with open(out / "train.log", "wb" if run.config.overwrite else "ab") as log:
+        before = log.tell(), oom_kills(), time.monotonic()
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                                   start_new_session=True)                # Ctrl-C reaches it through us alone
+    return Started(run, slot, process, out / "train.log", *before)
+
+
+def train_alone(config: Config) -> int:
+    """What start() starts. The exit code tells how it ended; running out of memory is one of the ways."""
+    try:
+        return train(config)
+    except (DoesNotFit, MemoryError, RuntimeError) as error:               # torch.OutOfMemoryError is a RuntimeError
+        known = isinstance(error, (DoesNotFit, MemoryError, torch.OutOfMemoryError))
+        if not known and not re.search("DefaultCPUAllocator|CUDA error: out of memory|ALLOC_FAILED", str(error)):
+            raise                                                          # (those three have no class of their own)
+        print(f"error: {[*str(error).splitlines(), 'out of memory'][0]}", file=sys.stderr)
+        return OUT_OF_MEMORY
+
+
+def record(one: Started, stopping: bool) -> None:
+    """Leave outcome.json in the folder of a run that did not end well: its status, the reason, its config."""
+    code = one.process.returncode
+    if code == 0 or (stopping and (code < 0 or code == 130)):              # done or saved: result.json tells
+        return
+    lines = one.log.read_bytes()[one.offset:].decode(errors="replace").splitlines()
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines or ["no output"]
+    status, reason = {DIVERGED: "diverged", OUT_OF_MEMORY: "out of memory"}.get(code, "failed"), errors[-1][:300]
+    if code < 0:
+        reason, kills = f"killed by signal {-code}", oom_kills()
+        if code == -signal.SIGKILL and (one.kills is None or kills is None or kills > one.kills):
+            status, reason = "out of memory", "killed by the system"
+    write_text_file(one.log.with_name("outcome.json"),
+                    json.dumps({"status": status, "reason": reason, "config": asdict(one.run.config)}, indent=1))
+
+
+def oom_kills() -> int | None:
+    """Processes that the kernel has killed for want of memory, here and in our control group; None: it does not say."""
+    counters = [path for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat") if Path(path).is_file()]
+    found = [re.search(r"^oom_kill (\d+)", Path(path).read_text(), re.MULTILINE) for path in counters]
+    return sum(int(match[1]) for match in found if match) if any(found) else None
+
+
+def outcome(run: Run) -> tuple[str, str, dict]:
+    """(status, reason, result.json) of a run, from its folder alone. A loss worse than guessing counts as diverged."""
+    out, now = Path(run.config.out_dir), json.loads(json.dumps(asdict(run.config)))
+    ended, then, result = (read_json(out / name) for name in ("outcome.json", "config.json", "result.json"))
+    if ended and not differences(ended["config"], now):
+        return ended["status"], ended["reason"], {}
+    if not then:
+        return "skipped", "not started", {}
+    changed = differences(then, now)
+    if changed:
+        return "failed", f"{out} holds a run with another config ({'; '.join(changed)})", {}
+    if not result:
+        return "interrupted", "running, or stopped before its end", {}
+    guess = math.log(run.config.vocab_size)
+    if not result["loss"] <= guess + 0.5:                                  # a model starts a little worse than that
+        return "diverged", f"loss {result['loss']:.2f}, guessing has {guess:.2f}", {}
+    return "done", "", result
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+# --- sweeps: summing up ---------------------------------------------------------------------------------------------
+
+
+def summarise(folder: Path, runs: list[Run]) -> None:
+    """summary.csv (a line a run), summary.md (the ranking) and summary.png of what there is so far."""
+    rows, text = [table_row(run, differing(runs)) for run in runs], io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text_file(folder / "summary.csv", text.getvalue())
+    groups: dict[str, dict[str, list[dict]]] = {}                          # group -> model -> a row a seed
+    for row in rows:
+        groups.setdefault(row["group"], {}).setdefault(row["model"], []).append(row)
+    tables = "\n\n".join(ranking(group, models) for group, models in groups.items())
+    write_text_file(folder / "summary.md", f"# {folder.name}\n\n{tables}\n")
+    draw_summary(folder, groups, swept_field(runs))
+    print(f"\n{tables}\n\n{folder}/ holds summary.csv, summary.md and summary.png")
+
+
+def differing(runs: list[Run]) -> list[str]:
+    """The fields in which the runs differ, apart from their seed and folder."""
+    return [f.name for f in fields(Config) if f.name not in ("seed", "out_dir")
+            and any(getattr(run.config, f.name) != getattr(runs[0].config, f.name) for run in runs)]
+
+
+def table_row(run: Run, names: list[str]) -> dict:
+    """Sizes, tokens, steps and FLOPs are the plan's; loss, seconds, speed and memory are there once a run is done."""
+    (status, reason, result), sizes = outcome(run), plan(run.config)
+    return {"name": run.name, "model": run.model, "group": run.group, "seed": run.config.seed, "status": status,
+            "reason": reason, "loss": result.get("loss"), "bits_per_byte": result.get("bits_per_byte"),
+            "total": sizes["n_total"], "active": sizes["n_active"],
+            "active_ratio": round(sizes["n_active"] / sizes["n_total"], 4), "tokens": sizes["tokens"],
+            "steps": sizes["steps"], "flops": sizes["flops"], "seconds": result.get("seconds"),
+            "tokens_per_s": result.get("tokens_per_s"), "peak_memory": result.get("peak_memory"),
+            **{name: getattr(run.config, name) for name in names}}
+
+
+def losses(rows: list[dict]) -> list[float]:
+    return [row["loss"] for row in rows if row["status"] == "done"]
+
+
+def by_loss(models: dict[str, list[dict]]) -> list[str]:
+    """The models from the lowest mean loss to the highest, those without any at the end."""
+    return sorted(models, key=lambda model: statistics.fmean(losses(models[model]) or [math.inf]))
+
+
+def ranking(group: str, models: dict[str, list[dict]]) -> str:
+    """A table in the order of validation cross-entropy, under one line that says what is equal in the comparison."""
+    lines = [f"## {group}\n"] * bool(group) + [comparison([row for rows in models.values() for row in rows]), ""]
+    lines += ["| rank | model | loss, nats/token | total | active | active ratio | tokens/s | peak memory | status |",
+              "|-:|-|-:|-:|-:|-:|-:|-:|-|"]
+    for rank, model in enumerate(by_loss(models), 1):
+        rows, loss, measured = models[model], losses(models[model]), ["", "", ""]
+        if loss:
+            speed, peak = (statistics.fmean(row[key] for row in rows if row["status"] == "done")
+                           for key in ("tokens_per_s", "peak_memory"))
+            spread = f" ± {statistics.stdev(loss):.4f} ({len(loss)})" if len(loss) > 1 else ""
+            measured = [f"{statistics.fmean(loss):.4f}{spread}", f"{speed:,.0f}", f"{peak / 2**30:.2f} GiB"]
+        sizes = [*(f"{rows[0][key] / 1e6:,.2f}M" for key in ("total", "active")), f"{rows[0]['active_ratio']:.2f}"]
+        all_of = [row["status"] for row in rows]
+        status = ", ".join(f"{all_of.count(s)} {s}" if len(rows) > 1 else s for s in dict.fromkeys(all_of))
+        cells = [f"{rank}" if loss else "", model, measured[0], *sizes, *measured[1:], status]
+        lines.append(f"| {' | '.join(cells)} |")
+    if any(len(rows) > 1 for rows in models.values()):
+        lines += ["", "Loss: mean ± sample standard deviation over seeds (their number)."]
+    return "\n".join(lines)
+
+
+def comparison(rows: list[dict]) -> str:
+    """What the finished runs have in common: a ranking means little without it."""
+    done, equal, unequal = [row for row in rows if row["status"] == "done"], [], []
+    if len(done) < 2:
+        return "Fewer than two runs are done: nothing to compare yet."
+    for key, word in (("tokens", "tokens"), ("flops", "FLOPs"), ("steps", "steps")):
+        low, high = min(row[key] for row in done), max(row[key] for row in done)
+        within = f", within {high / low - 1:.2%}" if high > low else ""
+        if high <= 1.02 * low:
+            equal.append(f"equal {word} ({format(high, '.3g' if key == 'flops' else ',')}{within})")
+        else:
+            unequal.append(f"{word} differ by a factor {high / low:.2f}")
+    said = f"Compared at {', '.join(equal)}" if equal else "Compared at neither equal tokens nor FLOPs nor steps"
+    return "; ".join([said, *unequal]) + "."
+
+
+def swept_field(runs: list[Run]) -> str | None:
+    """The field to draw the loss against: a number that tells a group's runs apart. Of several that move together (to
+    stay at one active size, say) the last in Config's order: the width of an expert, not the number.
+
+    None where the runs of a group differ in more than one direction, or in something that is no number.
+    """
+    found = None
+    for group in {run.group for run in runs}:
+        members = [*{run.model: run for run in runs if run.group == group}.values()]
+        names = differing(members)
+        for name in names:
+            values = [getattr(run.config, name) for run in members]
+            if not all(type(value) in (int, float) for value in values) or len({*values}) < len(values):
+                return None
+        found = [name for name in names if found is None or name in found] if names else found
+    return found[-1] if found else None
+
+
+def draw_summary(folder: Path, groups: dict, field: str | None) -> None:
+    """A dot a run and the mean over seeds: along the swept field if there is one, else in a row a model."""
+    plt, n = pyplot(), sum(map(len, groups.values()))
+    figure, axis = plt.subplots(figsize=(7, 4.5) if field else (8, 1.2 + 0.3 * n), layout="constrained")
+    if field:
+        draw_curves(axis, groups, field)
+    else:
+        draw_rows(axis, groups)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(folder.name, fontsize=10)
+    if len(groups) > 1:
+        figure.legend(frameon=False, loc="outside upper center", ncols=len(groups), fontsize=8)
+    figure.savefig(folder / "summary.png", dpi=150)
+    plt.close(figure)
+
+
+NO_LOSS = {"out of memory", "diverged", "failed"}
+
+
+def draw_curves(axis, groups: dict, field: str) -> None:
+    """The loss against the field, a curve a group; above it what became of the runs without a loss."""
+    for i, (group, models) in enumerate(groups.items()):
+        curve = sorted((rows[0][field], losses(rows)) for rows in models.values())
+        means = [(x, statistics.fmean(ys)) for x, ys in curve if ys]
+        axis.plot([x for x, ys in curve for _ in ys], [y for _, ys in curve for y in ys], "o", color=f"C{i}", alpha=0.5)
+        best = optimum(means)
+        label = group + (f" (best {best[0]:.3g}, by parabola)" if best else "")
+        axis.plot([x for x, _ in means], [y for _, y in means], color=f"C{i}", label=label)
+        axis.plot(*[[x] for x in best or ()], "*", color=f"C{i}", ms=12, mec="black", mew=0.5)
+    rows = [row for models in groups.values() for runs in models.values() for row in runs]
+    values = sorted({row[field] for row in rows})
+    for x in values:
+        bad = sorted({row["status"] for row in rows if row[field] == x} & NO_LOSS)
+        axis.text(x, 1, ", ".join(bad), transform=axis.get_xaxis_transform(), rotation=90, va="top", ha="center",
+                  fontsize=8, color="0.4")
+    if values[0] > 0 and values[-1] > 8 * values[0]:
+        axis.set_xscale("log")
+    if len(values) <= 12:
+        axis.set_xticks(values, [f"{value:g}" for value in values], fontsize=8)
+        axis.set_xticks([], minor=True)
+    axis.set(xlabel=field, ylabel="validation cross-entropy, nats per token")
+
+
+def optimum(means: list[tuple[float, float]]) -> tuple[float, float] | None:
+    """(x, loss) at the bottom of the parabola in log x through the mean losses; None if it has none among them."""
+    if len(means) < 4 or means[0][0] <= 0:
+        return None
+    x, loss = np.log([x for x, _ in means]), np.array([loss for _, loss in means])
+    a, b, c = np.polyfit(x, loss, 2)
+    bottom = -b / (2 * a) if a > 0 else math.inf
+    return (math.exp(bottom), c - b * b / (4 * a)) if x[0] < bottom < x[-1] else None
+
+
+def draw_rows(axis, groups: dict) -> None:
+    """A row a model, the best of a group on top; at its end the status of the runs without a loss."""
+    rows = [(i, model, models[model]) for i, models in enumerate(groups.values()) for model in by_loss(models)]
+    for y, (i, _, runs) in enumerate(rows):
+        ys, first = losses(runs), not y or rows[y - 1][0] < i
+        axis.plot(ys, [y] * len(ys), "o", color=f"C{i}", ms=5, alpha=0.5, label=[*groups][i] if first else None)
+        if ys:
+            axis.plot([statistics.fmean(ys)] * 2, [y - 0.35, y + 0.35], color=f"C{i}", linewidth=2)
+        axis.text(0.99, y, ", ".join(sorted({row["status"] for row in runs} & NO_LOSS)), ha="right", va="center",
+                  transform=axis.get_yaxis_transform(), fontsize=8, color="0.4")
+    axis.set_yticks(range(len(rows)), [model for _, model, _ in rows], fontsize=8)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.grid(axis="y", alpha=0.25)
+    axis.set_xlabel("validation cross-entropy, nats per token")
 
 
 def main(argv: list[str]) -> None:
     if argv[:1] == ["draw"]:
         return redraw([Path(name) for name in argv[1:]])
-    sys.exit(train(parse_command_line(argv)))
+    if argv[:1] == ["--run"]:
+        sys.exit(train_alone(Config(**json.loads(argv[1]))))
+    args, given = parse_command_line(argv)
+    runs = read_runs(args.config, given, args.seeds, args.scale)
+    if args.dry_run:
+        return print_plans(select(runs, args.only))
+    if runs[0].name:
+        sys.exit(sweep(args, runs))
+    require(not (args.report or args.only or args.parallel is not None), f"{args.config} is one run, not a sweep")
+    sys.exit(train(runs[0].config))
 
 
 def redraw(runs: list[Path]) -> None:

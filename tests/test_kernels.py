@@ -4,6 +4,7 @@ Without a GPU the kernels run under Triton's interpreter. It has to be switched 
 it lives in a process of its own (fixture `interpreter`), and this one stays free to compile the kernels ahead of time.
 """
 
+import itertools
 import math
 import os
 import re
@@ -11,7 +12,6 @@ import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ import router
 triton = pytest.importorskip("triton", reason="triton is not installed: the definition does all the work")
 compiles = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
-INTEGERS = ("experts", "counts", "offsets", "slot", "token")
+INTEGERS = ("experts", "counts", "offsets", "slot", "token", "demand")
 HARD = ("random", "one expert", "ties", "nan")
 
 
@@ -42,11 +42,16 @@ def make_logits(n, e, kind):
     return logits
 
 
-def routed(n, e, k, kind="random", renormalize=True, device="cpu"):
-    """Route, and take the gradient of the logits through weights, balance and z, apart and together: name -> array."""
-    logits = make_logits(n, e, kind).to(device).requires_grad_()
-    routing = router.route(logits, SimpleNamespace(router="softmax", top_k=k, renormalize=renormalize))
-    router.check(routing, n, e, k)
+def routed(n, e, k, kind="random", renormalize=True, device="cpu", name="softmax", biased=False, **fields):
+    """Route, and take the gradient of the logits through weights, balance and z, apart and together: name -> array.
+
+    fields set the config: with a balance_scope, in training behind other micro-batches of the step.
+    """
+    logits, seed = make_logits(n, e, kind).to(device).requires_grad_(), torch.Generator().manual_seed(e)
+    bias = torch.randn(e, generator=seed).mul(0.2).to(device) if biased else None
+    context = router.Context(None, n, "balance_scope" in fields, bias, torch.arange(e, device=device))
+    routing = router.route(logits, router.settings(name, k, renormalize=renormalize, **fields), context)
+    router.check(routing, n, e)
     mix = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(device)
     parts = {"weights": (routing.weights * mix).sum()} | routing.losses
     parts["all"] = parts["weights"] + 3 * parts["balance"] - 0.5 * parts["z"]
@@ -111,7 +116,7 @@ def interpreter():
     else:
         os.environ["TRITON_INTERPRET"] = before
     with pool:
-        yield lambda function, *args: pool.submit(function, *args).result()
+        yield lambda function, *args, **fields: pool.submit(function, *args, **fields).result()
 
 
 # --- under the interpreter ------------------------------------------------------------------------------------------
@@ -132,6 +137,34 @@ def test_route_kernels_equal_the_definition_forward_and_every_gradient(interpret
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_route_kernels_agree_on_crowded_experts_ties_and_bad_rows(interpreter, n, e, k, kind, renormalize):
     same(interpreter(routed, n, e, k, kind, renormalize), routed(n, e, k, kind, renormalize))
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 64])
+@pytest.mark.parametrize(("e", "k"), [(1, 1), (7, 1), (7, 2), (16, 2), (16, 8), (60, 1), (60, 8)])
+def test_sigmoid_kernels_with_a_selection_bias_equal_the_definition_forward_and_every_gradient(interpreter, n, e, k):
+    for renormalize in (True, False):
+        how = dict(renormalize=renormalize, name="sigmoid", biased=True)
+        same(interpreter(routed, n, e, k, **how), routed(n, e, k, **how))
+
+
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize(("name", "biased"), [("softmax", True), ("sigmoid", False)])
+def test_route_kernels_agree_on_biased_softmax_and_unbiased_sigmoid(interpreter, name, biased, kind, renormalize):
+    how = dict(kind=kind, renormalize=renormalize, name=name, biased=biased)
+    same(interpreter(routed, 64, 60, 8, **how), routed(64, 60, 8, **how))
+
+
+@pytest.mark.parametrize("fields", [dict(balance_scope="global"), dict(eval_capacity_factor=0.7),
+                                    dict(balance_scope="global", capacity_factor=0.7, name="sigmoid", biased=True)])
+def test_route_kernels_serve_the_global_balance_loss_and_a_capacity(interpreter, fields):
+    kernel, definition = interpreter(routed, 70, 16, 4, **fields), routed(70, 16, 4, **fields)
+    same(kernel, definition)
+    assert (definition["dropped"] > 0) == ("capacity_factor" in str(fields))
+
+
+def test_the_switch_router_keeps_its_probability_in_the_kernels_too(interpreter):
+    same(interpreter(routed, 33, 16, 1, name="switch"), routed(33, 16, 1, name="switch"))
 
 
 def test_more_than_32_choices_fall_back_to_the_definition(interpreter):
@@ -197,7 +230,7 @@ def test_on_a_gpu_routing_gives_the_same_bits_every_time():
 @pytest.mark.gpu
 @needs_gpu
 def test_on_a_gpu_nothing_waits_for_the_gpu():
-    config = SimpleNamespace(router="softmax", top_k=8, renormalize=True)
+    config = router.settings("softmax", 8)
     logits = torch.randn(4096, 128, device="cuda", requires_grad=True)
     x = torch.randn(4096, 64, device="cuda", requires_grad=True)
 
@@ -238,10 +271,13 @@ def kernels(e, k, **tokens):
     sizes = {"E": e, "K": k, "BLOCK_K": triton.next_power_of_2(k), "BLOCK_T": 8192 // shape["BLOCK_E"]} | shape | tokens
     yield "place_rows", source(router.place_rows, ints, sizes), warps
     yield "totals", source(router.totals, ints, sizes), 8
-    for renormalize in (True, False):
-        for kernel in (router.route_fwd, router.route_bwd):
-            how = sizes | {"RENORMALIZE": renormalize}
-            yield f"{kernel.__name__} {renormalize}", source(kernel, ints, how), warps
+    for sigmoid, biased, renormalize in itertools.product((False, True), repeat=3):
+        how = sizes | {"SIGMOID": sigmoid, "RENORMALIZE": renormalize} | ({} if biased else {"bias": None})
+        form = f"sigmoid={sigmoid} renormalize={renormalize}" + ("" if renormalize else " rare")
+        yield (f"route_fwd {form} biased={biased}" + ("" if sigmoid == biased else " rare"),
+               source(router.route_fwd, ints, how), warps)
+        if not biased:                                                               # the bias has no gradient
+            yield f"route_bwd {form}", source(router.route_bwd, ints, how), warps
     for kind in ("*fp32", "*bf16", "*fp16"):
         types = {"dweight": "*fp32", "width": "i32"} | dict.fromkeys(("h", "weight", "a", "da", "dh"), kind)
         for kernel in (model.swiglu_fwd, model.swiglu_bwd):
@@ -273,7 +309,7 @@ def test_every_kernel_compiles_for_four_generations_of_gpus_without_spilling(cap
     from triton.backends.compiler import GPUTarget
 
     for name, code, warps in kernels(e, k):
-        if (capability, e) != (90, 128) and re.search("fp16|False", name):
+        if (capability, e) != (90, 128) and re.search("fp16|rare", name):
             continue                                                                 # once is enough
         compiled = triton.compile(code, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
         registers, spilt = registers_and_spills(compiled, capability)

@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import router
 import train
-from model import ModelConfig, count
+from model import Model, ModelConfig, count
+from router import POLICIES, Context, check, check_causal, route, settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -64,4 +67,32 @@ def test_the_message_it_shows_for_a_misspelt_name_is_the_real_one(capsys):
 @pytest.mark.parametrize("path", sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("configs/**/*.py")))
 def test_every_config_is_accepted_as_it_stands(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    train.load_config(path)
+    train.load_runs(path)
+
+
+def test_the_router_of_ones_own_is_under_20_lines_keeps_its_promise_and_trains():
+    block = re.search(r"```python\n(@policy\(\"my_idea\".*?)```", README, re.S)[1]
+    assert len(block.splitlines()) < 20
+    try:
+        exec(block, vars(router))                             # as if pasted below the policies
+        logits = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+        check(route(logits, settings("my_idea", 2)), 64, 16)
+        assert check_causal(logits, settings("my_idea", 2), Context())
+        config = ModelConfig(n_layer=2, d_model=32, n_head=2, n_kv_head=1, d_head=16, n_expert=8, top_k=2, d_expert=16,
+                             seq_len=16, router="my_idea")
+        config.validate()
+        model, x = Model(config).init_weights(0), torch.arange(17)[None] % 7
+        optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-2), []
+        for _ in range(10):
+            out = model(x[:, :-1], x[:, 1:])
+            (out.ce + 0.01 * out.balance).backward()
+            optimizer.step(), optimizer.zero_grad()
+            losses.append(out.ce.item())
+        assert losses[-1] < losses[0] / 2
+    finally:
+        POLICIES.pop("my_idea", None), vars(router).pop("my_idea", None)
+
+
+def test_the_table_of_routers_names_every_policy_and_what_it_promises():
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (yes|no) \| (yes|no) \|$", README, re.M)
+    assert rows == [(name, *("yes" if flag else "no" for flag in (p.causal, p.fused))) for name, p in POLICIES.items()]

@@ -1,19 +1,24 @@
 """router.py, the definition: every equation by hand, the contract, causality, bad rows, and a policy of one's own."""
 
+import json
 import math
 import runpy
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import router
-from router import POLICIES, balance_loss, check, combine, gather, place, route, top_k, z_loss
+from router import POLICIES, Context, balance_loss, check, combine, gather, place, route, settings, top_k, z_loss
 
 
-def config(k, name="softmax", renormalize=True):
-    return SimpleNamespace(router=name, top_k=k, renormalize=renormalize)
+def config(k, name="softmax", **fields):
+    return settings(name, k, **fields)
+
+
+def ids(n):
+    """Token ids for the policies that look at them."""
+    return Context(ids=torch.arange(n) * 7 % 50)
 
 
 def random_logits(n=64, e=7, seed=0):
@@ -87,18 +92,21 @@ def test_rows_stand_in_expert_order_and_ties_in_token_order():
 @pytest.mark.parametrize(("n", "e", "k"), [(0, 4, 2), (1, 1, 1), (1, 9, 9), (64, 7, 3), (33, 60, 8), (20, 40, 40)])
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_every_policy_keeps_the_contract_for_any_number_of_tokens_and_experts(name, n, e, k, renormalize):
-    routing = route(random_logits(n, e), config(k, name, renormalize))
-    check(routing, n, e, k)
+    k = 1 if name == "switch" else k
+    routing = route(random_logits(n, e), config(k, name, renormalize=renormalize), ids(n))
+    check(routing, n, e)
+    assert routing.experts.shape == (n, min(e, 2 * k) if name == "expert_choice" else k)
     assert all(loss.isfinite() for loss in routing.losses.values())
 
 
 def test_a_broken_plan_does_not_pass_the_contract_check():
-    for field in ("counts", "offsets", "slot", "token", "experts"):
+    for field in ("counts", "offsets", "slot", "token", "experts", "demand"):
         routing = route(random_logits(), config(3))
-        broken = getattr(routing, field)
+        broken = getattr(routing, field).clone()
+        setattr(routing, field, broken)
         broken.view(-1)[:2] = broken.view(-1)[:2].flip(0) + 1
         with pytest.raises(AssertionError):
-            check(routing, 64, 7, 3)
+            check(routing, 64, 7)
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------
@@ -122,7 +130,7 @@ def test_a_step_along_the_balance_gradient_evens_the_load():
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_weight_gradients_agree_with_finite_differences(renormalize):
     logits = random_logits(3, 6).double().requires_grad_()       # below the float32 entry check, straight to the policy
-    plan = lambda x: POLICIES["softmax"].route(x, config(2, renormalize=renormalize))
+    plan = lambda x: POLICIES["softmax"].route(x, config(2, renormalize=renormalize), Context())
     assert torch.autograd.gradcheck(lambda x: (plan(x).weights, *plan(x).losses.values()), logits)
 
 
@@ -151,17 +159,24 @@ def test_gathering_and_combining_equal_rows_multiplies_by_k(dtype, n):
 
 
 @pytest.mark.parametrize("name", [name for name, entry in POLICIES.items() if entry.causal])
-def test_a_causal_policy_gives_an_early_token_nothing_from_later_ones_by_value_and_by_gradient(name):
-    logits = random_logits().requires_grad_()
-    assert router.check_causal(name, logits, config(2, name))
-    (gradient,) = torch.autograd.grad(route(logits, config(2, name)).weights[:32].square().sum(), logits)
-    assert gradient[:32].abs().sum() > 0 and gradient[32:].abs().sum() == 0
+@pytest.mark.parametrize("fields", [{}, dict(router_noise=1.0), dict(balance_scope="sequence")])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_causal_policy_gives_an_early_token_nothing_from_later_ones_by_value_and_by_gradient(name, fields, training):
+    logits, how = random_logits().requires_grad_(), config(1 if name == "switch" else 2, name, **fields)
+    context = Context(ids(64).ids, 16, training, bias=torch.linspace(-0.1, 0.1, 7))
+    assert router.is_causal(how, training) and router.check_causal(logits, how, context)
+    weights = route(logits, how, context).weights
+    if name in ("hash", "random"):
+        assert not weights.requires_grad                         # nothing learnt, nothing to leak
+    else:
+        (gradient,) = torch.autograd.grad(weights[:32].square().sum(), logits)
+        assert gradient[:32].abs().sum() > 0 and gradient[32:].abs().sum() == 0
 
 
 def test_the_causality_check_catches_a_policy_that_looks_ahead(monkeypatch):
-    peek = router.Policy(lambda logits, config: router.softmax_topk(logits + logits.sum(0), config), causal=True)
-    monkeypatch.setitem(POLICIES, "peek", peek)
-    assert not router.check_causal("peek", random_logits(), config(2))
+    peek = lambda logits, config, context: router.softmax(logits + logits.sum(0), config, context)
+    monkeypatch.setitem(POLICIES, "peek", router.Policy(peek, causal=True, fused=False))
+    assert not router.check_causal(random_logits(), config(2, "peek"), Context())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -171,7 +186,7 @@ def test_a_row_with_nan_or_infinity_is_counted_and_leaves_the_others_alone(bad):
     logits[5, 2], logits[9] = bad, bad
     logits.requires_grad_()
     routing = route(logits, config(3))
-    check(routing, 64, 7, 3)
+    check(routing, 64, 7)
     others = [n for n in range(64) if n not in (5, 9)]
     assert routing.stats["nonfinite"] == 2
     assert routing.experts[[5, 9]].tolist() == [[0, 1, 2]] * 2
@@ -197,33 +212,63 @@ def test_logits_that_are_not_float32_and_an_impossible_k_are_refused():
 
 
 def test_a_policy_of_ones_own_is_one_function_and_one_decorator():
-    @router.policy("sigmoid", causal=True)
-    def sigmoid_topk(logits, config):
+    @router.policy("own", causal=True)
+    def own(logits, config, context):
         logits, nonfinite = router.finite_rows(logits)
-        scores = logits.sigmoid()
+        scores = logits.relu() + 1e-3
         experts = router.top_k(scores, config.top_k)
         weights = scores.gather(-1, experts.long())
-        return router.finish(logits, scores / scores.sum(-1, keepdim=True), weights, experts, nonfinite)
+        probs = scores / scores.sum(-1, keepdim=True)
+        return router.finish(logits, probs, weights, experts, nonfinite, config, context)
 
     try:
         logits = random_logits()
-        routing = route(logits, config(2, "sigmoid"))
-        check(routing, 64, 7, 2)
-        assert router.check_causal("sigmoid", logits, config(2, "sigmoid"))
-        torch.testing.assert_close(routing.weights, logits.sigmoid().topk(2).values)
+        routing = route(logits, config(2, "own"))
+        check(routing, 64, 7)
+        assert router.check_causal(logits, config(2, "own"), Context())
+        torch.testing.assert_close(routing.weights, logits.relu().topk(2).values + 1e-3)
+        assert router.describe("own").startswith("own")          # without a docstring, too
     finally:
-        del POLICIES["sigmoid"]
+        del POLICIES["own"]
 
 
 def test_running_the_file_checks_every_policy_and_prints_what_the_kernels_save(capsys):
-    runpy.run_path(router.__file__, run_name="__main__")
+    assert router.main([]) == 0
     out = capsys.readouterr().out
     assert all(f"  {name} " in out for name in POLICIES)
     assert "route, forward" in out and "gather" in out
     assert torch.cuda.is_available() or "no GPU here" in out
 
 
+def test_list_names_every_policy_with_its_paper_on_a_line_of_its_own(capsys):
+    assert router.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(POLICIES) and max(map(len, lines)) <= 140
+    assert all("(" in line for line in lines if not line.startswith("random"))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policy_draws_the_load_of_one_router_with_its_data_beside_it(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert router.main(["--policy", name]) == 0
+    data = json.loads((tmp_path / "out" / f"router_{name}.json").read_text())
+    assert data["policy"] == name and len(data["load"]) == data["n_expert"] and sum(data["load"]) <= 1.0001
+    assert (tmp_path / "out" / f"router_{name}.png").stat().st_size > 1000
+    out = capsys.readouterr().out
+    assert f"{max(data['load']):.2%}" in out and f"out/router_{name}.png" in out
+
+
+def test_a_misspelt_policy_gets_one_line_with_the_nearest_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert router.main(["--policy", "softmaks"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "did you mean softmax?" in error and not list(tmp_path.iterdir())
+
+
 def test_the_file_runs_without_triton(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "triton", None)             # import triton now raises ImportError
-    names = runpy.run_path(router.__file__, run_name="__main__")
-    assert names["triton"] is None and "no GPU here" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["router.py"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(router.__file__, run_name="__main__")
+    assert end.value.code == 0 and "no GPU here" in capsys.readouterr().out
+    assert runpy.run_path(router.__file__)["triton"] is None

@@ -28,6 +28,7 @@ import torch
 import model as m
 import train as t
 from model import BadInput, Model
+from router import POLICIES
 
 ROOT = Path(t.__file__).parent
 TINY = dict(n_layer=2, d_model=32, n_head=2, n_kv_head=1, d_head=16, n_expert=4, top_k=2, d_expert=16, vocab_size=264,
@@ -235,10 +236,10 @@ def test_the_source_is_read_once_for_the_meanings_of_all_fields(monkeypatch):
 
 
 def test_the_command_line_says_the_same_as_a_file():
-    assert asdict(t.parse_command_line(["tiny.py", "--max_tokens=1e9"])) == asdict(tiny(max_tokens=1_000_000_000))
-    read = t.parse_command_line(["tiny.py", "--compile", "--qk_norm=false", "--tie_embeddings", "False", "--max_steps",
-                                 "7", "--rope_base=10000", "--max_tokens=None",
-                                 "--batch_tokens=[(0, 128), (1e3, 256)]"])
+    read = lambda *words: t.load_config("tiny.py", t.parse_command_line(["tiny.py", *words])[1])
+    assert asdict(read("--max_tokens=1e9")) == asdict(tiny(max_tokens=1_000_000_000))
+    read = read("--compile", "--qk_norm=false", "--tie_embeddings", "False", "--max_steps", "7", "--rope_base=10000",
+                "--max_tokens=None", "--batch_tokens=[(0, 128), (1e3, 256)]")
     assert (read.compile, read.qk_norm, read.tie_embeddings, read.max_steps) == (True, False, False, 7)
     assert read.rope_base == 10_000.0 and isinstance(read.rope_base, float) and read.max_tokens is None
     assert read.ramp() == [(0, 128), (1000, 256)]
@@ -250,10 +251,10 @@ def test_the_run_is_kept_under_the_config_files_name():
     assert tiny().out_dir == "out/tiny" and tiny(out_dir="elsewhere").out_dir == "elsewhere"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_config_in_the_repository_is_accepted(path):
-    config = t.load_config(str(path))
-    assert config.dataset == "stdlib" and config.tokenizer == "bytes", "it runs with no download"
+    for config in t.load_runs(str(path)):
+        assert config.dataset == "stdlib" and config.tokenizer == "bytes", "it runs with no download"
 
 
 # --- text to tokens on disk -----------------------------------------------------------------------------------------
@@ -811,7 +812,7 @@ def test_ten_bad_steps_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(
         assert command("--max_steps=30", "--checkpoint_interval=1", "--out_dir=out/good")[0] == 0
     poison(monkeypatch, range(12, 99))
     code, _, err = command("--max_steps=30", f"--log_interval={log_interval}")
-    assert code == 1 and err.count("\n") == 1 and "ten steps in a row" in err
+    assert code == t.DIVERGED and err.count("\n") == 1 and "ten steps in a row" in err
     assert len(training()) == (22 if log_interval == 1 else 25) and not Path("out/tiny/result.json").exists()
     assert same(checkpoint()["model"], good[min(12, checkpoint()["step"])]["model"])
 
@@ -829,7 +830,7 @@ def test_weights_that_a_finite_but_huge_step_ruined_do_not_replace_the_last_good
 
     monkeypatch.setattr(torch.optim.AdamW, "step", ruin)
     code, _, err = command("--max_steps=40")
-    assert code == 1 and "ten steps in a row" in err
+    assert code == t.DIVERGED and "ten steps in a row" in err
     saved = checkpoint()
     assert saved["step"] == 5 and all(p.abs().max() < 10 for p in saved["model"].values())
 
@@ -1206,8 +1207,58 @@ def test_untied_embeddings_are_counted_in_the_results(command):
 
 def test_a_trained_run_writes_text(command):
     assert command("--max_steps=2")[0] == 0
-    model, tokenizer, config = m.load_run("out/tiny")
-    assert len("".join(m.write_text(model, tokenizer, "def ", 20))) >= 4 and config["dataset"] == "corpus"
+    model, tokenizer = m.load_run("out/tiny")
+    assert len("".join(m.write_text(model, tokenizer, "def ", 20))) >= 4
+
+
+def test_a_run_can_start_from_the_weights_of_another(command):
+    assert command("--max_steps=10")[0] == 0
+    assert command("--max_steps=1", "--init_from=out/tiny", "--out_dir=out/next", "--router=sigmoid")[0] == 2
+    assert command("--max_steps=1", "--init_from=out/tiny", "--out_dir=out/next", "--bias_rate=0.01")[0] == 0
+    assert log("out/next")[0]["val_ce"] == pytest.approx(log()[-1]["val_ce"], rel=1e-6)
+
+
+def test_a_run_can_start_from_a_hugging_face_folder_and_says_what_to_set_if_the_shape_differs(command, refused):
+    pytest.importorskip("safetensors")
+    model = Model(tiny()).init_weights(7)
+    m.to_hf(model, "hf")
+    refused("--d_model=32 --n_expert=4", "--init_from=hf", "--d_model=64", "--n_expert=8")
+    refused("nowhere has no config.json", "--init_from=nowhere")
+    assert command("--max_steps=1", "--init_from=hf", "--learning_rate=1e-12")[0] == 0
+    expected, start = trained(max_steps=1, seed=7, out_dir="out/same", learning_rate=1e-12), checkpoint()
+    for name, weight in start["model"].items():
+        torch.testing.assert_close(weight, expected["model"][name], atol=1e-6, rtol=0)
+
+
+def test_an_interrupted_run_does_not_go_back_to_the_weights_it_started_from(monkeypatch, command):
+    assert command("--max_steps=10", "--out_dir=out/first")[0] == 0
+    whole = trained(max_steps=10, init_from="out/first", out_dir="out/whole")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 6)
+        trained(max_steps=10, init_from="out/first", out_dir="out/again")
+    assert checkpoint("out/again")["step"] < 10
+    assert same(trained(max_steps=10, init_from="out/first", out_dir="out/again"), whole)
+
+
+AXES = [[f"--router={name}"] for name in POLICIES if name != "switch"] + [
+    ["--router=switch", "--top_k=1"], ["--router=sigmoid", "--bias_rate=0.01", "--aux_coef=0"],
+    ["--router_noise=0.5"], ["--capacity_factor=1.0", "--eval_capacity_factor=2.0"], ["--renormalize=False"],
+    ["--balance_scope=sequence"], ["--balance_scope=global", "--batch_tokens=256"],
+    ["--bias_rate=0.01", "--batch_tokens=256"], ["--expert_groups=[(2, 8), (4, 16)]"],
+    ["--d_shared=16", "--shared_gate"], ["--first_dense_layers=1"], ["--n_expert=64", "--top_k=1"],
+]
+
+
+@pytest.mark.parametrize("flags", AXES, ids=" ".join)
+def test_every_router_and_axis_trains_from_a_line_and_continues_to_the_last_bit(flags, monkeypatch, command):
+    assert command(*flags, "--out_dir=out/whole")[0] == 0
+    assert training("out/whole")[-1]["ce"] < training("out/whole")[0]["ce"] < 7
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 12)
+        assert command(*flags)[0] == 0
+    assert checkpoint()["step"] < 20
+    assert command(*flags)[0] == 0
+    assert same(checkpoint(), checkpoint("out/whole"))
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------

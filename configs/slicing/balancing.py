@@ -5,7 +5,7 @@
 # Here      no balancing; the Switch loss at three strengths; the same counted over each sequence and over the whole
 #           batch of two micro-batches; a selection bias without a loss (DeepSeek-V3) at two rates. Three seeds each.
 # Run       python train.py configs/slicing/balancing.py --parallel=2          (--scale=8 --parallel on GPUs)
-# Scale     819,200 tokens of Python source a run; `scale`, 1 unless given, widens and lengthens.
+# Scale     512,000 tokens of Python source a run; `scale`, 1 unless given, widens and lengthens.
 
 n_layer = 3
 d_model = 64 * scale
@@ -17,13 +17,13 @@ seq_len = 128
 
 micro_batch = 8 * scale
 batch_tokens = 2 * 8 * scale * 128     # two micro-batches, 2,048 tokens a step
-max_steps = 400 * scale
+max_steps = 250 * scale
 learning_rate = 4e-3 / scale
 warmup = 0.05
-eval_interval = 400 * scale
+eval_interval = 250 * scale
 eval_tokens = 131_072
 log_interval = 100
-checkpoint_interval = 400 * scale
+checkpoint_interval = 250 * scale
 seeds = [1, 2, 3]
 
 n_expert = 32

@@ -4,7 +4,7 @@
 # Here      capacity 0.75 ... 2 in training, validation always dropless, so that the same loss is compared; three seeds.
 #           Dropped rows are computed all the same here (the row count stays known): loss is studied, not time.
 # Run       python train.py configs/slicing/dropping.py --parallel=2          (--scale=8 --parallel on GPUs)
-# Scale     819,200 tokens of Python source a run; `scale`, 1 unless given, widens and lengthens.
+# Scale     512,000 tokens of Python source a run; `scale`, 1 unless given, widens and lengthens.
 
 n_layer = 3
 d_model = 64 * scale
@@ -15,13 +15,13 @@ vocab_size = 264
 seq_len = 128
 
 micro_batch = 16 * scale    # 2,048 tokens a step
-max_steps = 400 * scale
+max_steps = 250 * scale
 learning_rate = 4e-3 / scale
 warmup = 0.05
-eval_interval = 400 * scale
+eval_interval = 250 * scale
 eval_tokens = 131_072
 log_interval = 100
-checkpoint_interval = 400 * scale
+checkpoint_interval = 250 * scale
 seeds = [1, 2, 3]
 
 n_expert = 32
