@@ -27,8 +27,10 @@ Figures are drawn from the JSON alone: `python bench.py draw results/NAME.json`.
 
 import argparse
 import contextlib
+import copy
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -44,7 +46,9 @@ import torch
 import torch.nn.functional as F
 
 from model import (
+    CARDS,
     BadInput,
+    Card,
     Dense,
     Experts,
     LinearCrossEntropy,
@@ -60,7 +64,7 @@ from model import (
     to_hf,
 )
 from router import place, route, triton
-from train import CARDS, Config, free_memory, load_config, load_runs, peak_memory
+from train import Config, free_memory, load_config, load_runs, peak_memory
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -413,11 +417,14 @@ def step_of(name: str, config: ModelConfig, batch: int, peers: bool) -> dict:
     x, y, n = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), batch * config.seq_len
     ours = Model(config).init_weights(0).to(DEVICE)
     steps = {"ours": ours_step(ours, config, x, y)}
+    twin = Model(config).init_weights(0).to(DEVICE)
+    steps["ours, compiled"] = ours_step(twin, config, x, y, torch.compile(twin, dynamic=False))
     if peers:
         steps |= transformers_steps(ours, tokens, config)
     steps["floor: products + attention"] = model_products(config, batch)
     times = take_turns(steps, 20.0)
-    floor, mine = (statistics.median(times[k]) for k in ("floor: products + attention", "ours"))
+    floor = statistics.median(times["floor: products + attention"])
+    mine = min(statistics.median(times[k]) for k in ("ours", "ours, compiled"))
     rows = [row(k, t, tokens_per_s=n / statistics.median(t), ours_is_faster_by=statistics.median(t) / mine,
                 share_of_floor=floor / statistics.median(t)) for k, t in times.items()]
     print_rows(f"step, {name}, {batch} x {config.seq_len}", rows,
@@ -426,12 +433,13 @@ def step_of(name: str, config: ModelConfig, batch: int, peers: bool) -> dict:
             "flops_per_token": count(config)["flops_per_token"]}
 
 
-def ours_step(model: Model, config: ModelConfig, x, y) -> Callable:
+def ours_step(model: Model, config: ModelConfig, x, y, call: Callable | None = None) -> Callable:
+    """One optimizer step of the model, called as itself or as torch.compile made it."""
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=True)
 
     def step():
         with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=GPU):
-            o = model(x, y)
+            o = (call or model)(x, y)
         (o.ce + config.aux_coef * o.balance + config.z_coef * o.z).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -467,20 +475,27 @@ def transformers_steps(ours: Model, tokens, config: ModelConfig) -> dict[str, Ca
             print(f"transformers {kind}: skipped, it keeps a weight a row for backward: {gathered / 2**30:.0f} GiB")
             continue
         theirs = transformers_model(ours, kind).train()
-        optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
-
-        def step(theirs=theirs, optimizer=optimizer):
-            with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=GPU):
-                loss = theirs(tokens, labels=tokens, output_router_logits=True).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
         with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=GPU):
             compare(kind, ours(tokens).logits, theirs(tokens).logits, 2e-2 if GPU else 1e-4)
-        steps[f"transformers {kind}"] = step
+        steps[f"transformers {kind}"] = their_step(theirs, theirs, tokens)
+        if kind == "grouped_mm":
+            twin = copy.deepcopy(theirs)
+            steps["transformers grouped_mm, compiled"] = their_step(twin, torch.compile(twin, dynamic=False), tokens)
     return steps
+
+
+def their_step(theirs, call: Callable, tokens) -> Callable:
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+
+    def step():
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=GPU):
+            loss = call(tokens, labels=tokens, output_router_logits=True).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def model_products(config: ModelConfig, batch: int) -> Callable:
@@ -625,7 +640,7 @@ def bench_memory(args) -> dict:
     for config, r in zip(cells, rows):
         r["name"] += f", {model_name(config)}" if models > 1 else ""
     told = ["source", "on_40_gb"] if any(r["source"] for r in rows) else []
-    limit = CARDS["A100-40"][0] / 2**30 if told else None
+    limit = CARDS["A100-40"].memory / 2**30 if told else None
     dtype = "bfloat16, estimates alone" if args.estimate else str(DTYPE).removeprefix("torch.")
     print_rows(f"memory of a training step, {path}, {dtype}, GiB", rows,
                ["estimate", "measured", "measured_over_estimate", "status", *told])
@@ -651,7 +666,7 @@ def memory_row(config: Config, measure: bool) -> dict:
     estimate = memory(config, b, config.dtype if measure else "bfloat16")["total"]
     peak, status = measured_peak(config, estimate) if measure else (None, "not run")
     source = SOURCE_CELLS.get((b, t)) if millions(config) == SOURCE_MODEL else None
-    fits = memory(config, b, "bfloat16")["total"] + RESERVE <= CARDS["A100-40"][0]
+    fits = memory(config, b, "bfloat16")["total"] + RESERVE <= CARDS["A100-40"].memory
     return {"name": f"{b} x {t}", "estimate": estimate / 2**30, "measured": peak / 2**30 if peak else None,
             "measured_over_estimate": peak / estimate if peak else None, "status": status, "source": source,
             "on_40_gb": "fits" if fits else "too large"}
@@ -717,7 +732,7 @@ def bench_hardware(args) -> dict:
     return {"config": path, "batch_tokens": batch_tokens, "reserve_bytes": RESERVE, "estimated": True, "rows": rows}
 
 
-def read_card(text: str) -> tuple[str, tuple]:
+def read_card(text: str) -> tuple[str, Card]:
     """A card from the command line, "name,GB,GB/s,TFLOP/s", as CARDS has it."""
     name, *numbers = text.split(",")
     try:
@@ -726,12 +741,12 @@ def read_card(text: str) -> tuple[str, tuple]:
         values = []
     require(bool(name.strip()) and len(values) == 3 and all(0 < value < 1e6 for value in values),
             f"--card {text!r} must be name,GB,GB/s,TFLOP/s with positive numbers, such as H100,80,3350,989")
-    return name.strip(), (values[0] * 1e9, values[1] * 1e9, values[2] * 1e12)
+    return name.strip(), Card(values[0] * 1e9, values[1] * 1e9, values[2] * 1e12, math.nan)
 
 
-def card_row(name: str, card: tuple, config: Config, batch_tokens: int, need: dict, told: tuple | None) -> dict:
+def card_row(name: str, card: Card, config: Config, batch_tokens: int, need: dict, told: tuple | None) -> dict:
     """One card's line. need: {(batch, context): model.memory of that micro-batch}; told: the source's own choice."""
-    room, bandwidth, rate = card
+    room, bandwidth, rate = card.memory, card.bandwidth, card.bfloat16
     fits = [cell for cell, parts in need.items() if parts["total"] + RESERVE <= room]
     found = {"name": name, "gb": room / 1e9, "longest_context": max((t for _, t in fits), default=None)}
     if told:

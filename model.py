@@ -223,6 +223,24 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
     return parts | {"total": sum(parts.values())}
 
 
+class Card(NamedTuple):
+    memory: float       # bytes
+    bandwidth: float    # bytes/s of that memory
+    bfloat16: float     # FLOP/s of dense matrix products, summed in float32
+    float32: float      # FLOP/s without tensor cores
+
+
+CARDS = {  # the vendors' data sheets. The bfloat16 rate of the 4060 and 4070 is taken as twice their float32 rate
+    "4060": Card(8e9, 272e9, 30e12, 15e12), "4070": Card(12e9, 504e9, 58e12, 29e12),
+    "4080": Card(16e9, 717e9, 97e12, 49e12), "3090": Card(24e9, 936e9, 71e12, 36e12),
+    "4090": Card(24e9, 1008e9, 165e12, 83e12), "L4": Card(24e9, 300e9, 121e12, 30e12),
+    "A10": Card(24e9, 600e9, 125e12, 31e12), "A100-40": Card(40e9, 1555e9, 312e12, 19.5e12),
+    "L40S": Card(48e9, 864e9, 362e12, 92e12), "A100-80": Card(80e9, 2039e9, 312e12, 19.5e12),
+    "H100": Card(80e9, 3350e9, 989e12, 67e12), "H200": Card(141e9, 4800e9, 989e12, 67e12),
+    "B200": Card(192e9, 8000e9, 2250e12, 80e12), "MI300X": Card(192e9, 5300e9, 1307e12, 163e12),
+}
+
+
 # --- the parts ------------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +390,7 @@ class MoE(nn.Module):
         elif len(flat) == 1 and not torch.is_grad_enabled() and not x.is_cuda:
             y = one_token(flat[0], r.weights[0].tolist(), r.experts[0].tolist(), *matrices)
         else:
-            y = Experts.apply(flat, r.weights, r.token, r.slot, r.offsets, not self.config.recompute, *matrices)
+            y = experts(flat, r.weights, r.token, r.slot, r.offsets, not self.config.recompute, *matrices)
         if self.config.d_shared:
             shared = self.shared(flat)
             y = y + (shared * F.linear(flat, self.shared_gate).sigmoid() if self.config.shared_gate else shared)
@@ -477,6 +495,12 @@ class Experts(torch.autograd.Function):
             dweight.append(dw)
             dmatrices += [dw1.to(w_in.dtype), dw2.to(w_out.dtype)]
         return combine(joined(dx), slot), joined(dweight).to(weights.dtype)[slot], None, None, None, None, *dmatrices
+
+
+@torch.compiler.disable
+def experts(*inputs) -> Tensor:
+    """Experts, out of torch.compile's sight: fused by hand already, and the rows of an expert change at every step."""
+    return Experts.apply(*inputs)
 
 
 def by_width(offsets: Tensor, matrices) -> list[tuple[slice, Tensor, Tensor, Tensor]]:

@@ -462,7 +462,7 @@ def kernels_serve(logits: Tensor, config, context: Context) -> bool:
     """Whether `topk_kernels` takes this one: a tile of tokens must fit in registers, and noise is drawn in torch."""
     fits = len(logits) > 0 and config.top_k <= 32 and logits.shape[-1] <= 1024
     plain = config.balance_scope != "sequence" and not (context.training and config.router_noise > 0)
-    return fits and plain and use_kernels(logits)
+    return fits and plain and use_kernels(logits) and not torch.compiler.is_compiling()     # it fuses the definition
 
 
 def use_kernels(x: Tensor) -> bool:
@@ -552,15 +552,39 @@ def log_sigmoid(x):
 
 
 @jit
+def exponentials(x, top, real):
+    """exp(x - top) of each row, x - top, and the sum of the first: what a softmax and its entropy are made of."""
+    shifted = tl.maximum(x - top[:, None], -200.0)                                   # never -inf; exp is 0 long before
+    p = tl.where(real, tl.exp(shifted), 0.0)
+    return p, shifted, tl.sum(p, 1)
+
+
+@jit
+def take_best(key, e, kk, K: constexpr, LOWEST: constexpr):
+    """The K largest keys of each row, the lowest index first among equals: their indices, themselves, the keys left.
+
+    K rounds of maximum need no sort and no memory. Keys are integers in the order of the floats they stand for, because
+    a warp, which holds whole rows, reduces an int32 in one instruction (redux.sync, 8.0 on).
+    """
+    choice = tl.zeros((key.shape[0], kk.shape[1]), tl.int32)
+    value = choice
+    for k in range(K):
+        best = tl.max(key, 1)
+        winner = tl.min(tl.where(key == best[:, None], e[None, :], key.shape[1]), 1)
+        key = tl.where(e[None, :] == winner[:, None], LOWEST, key)
+        choice = tl.where(kk == k, winner[:, None], choice)
+        value = tl.where(kk == k, best[:, None], value)
+    return choice, value, key
+
+
+@jit
 def route_fwd(logits, bias, weights, experts, lse, hist, sums, N, T,
               E: constexpr, K: constexpr, SIGMOID: constexpr, RENORMALIZE: constexpr,
               TILE: constexpr, ROWS: constexpr, BLOCK_E: constexpr, BLOCK_K: constexpr):
     """Reads the logits once, 4 N E bytes; writes weights, experts, lse, 4 N (2K + 1), and the tile sums, 4 T (2E + 4).
 
-    A warp holds whole rows, so a maximum over experts never leaves it. K rounds of maximum need no sort and no memory:
-    floats become integers of the same order, because a warp reduces an int32 in one instruction (redux.sync, 8.0 on).
-    Sigmoid scores are a softmax of log s wherever they are divided by their sum: s takes the place of x, and little
-    else changes. bias (E,) or None.
+    Divided by their sum, sigmoid scores are the softmax of log s: log s takes the place of x, and little else changes.
+    With a bias (E,), or None, the keys are scores: the chosen logits are read again, K of a row still in the cache.
     """
     LOWEST: constexpr = -0x80000000                                                  # below every float: struck out
     tile = tl.program_id(0)
@@ -577,15 +601,10 @@ def route_fwd(logits, bias, weights, experts, lse, hist, sums, N, T,
         x = tl.where(finite[:, None], x, 0.0) + 0.0                                  # -0.0 + 0.0 = 0.0: they are equal
         key = tl.where(real, mirror(x.to(tl.int32, bitcast=True)), LOWEST)
         top = mirror(tl.max(key, 1)).to(tl.float32, bitcast=True)
-        shifted = tl.maximum(x - top[:, None], -200.0)                               # never -inf; exp is 0 long before
-        p = tl.where(real, tl.exp(shifted), 0.0)
-        total = tl.sum(p, 1)
+        p, shifted, total = exponentials(x, top, real)
         log_z = top + tl.log(total)
         if SIGMOID:                                                                  # from here p is s / sum s
-            top = log_sigmoid(top)
-            shifted = tl.maximum(log_sigmoid(x) - top[:, None], -200.0)
-            p = tl.where(real, tl.exp(shifted), 0.0)
-            total = tl.sum(p, 1)
+            p, shifted, total = exponentials(log_sigmoid(x), log_sigmoid(top), real)
         p *= tl.where(live, 1.0 / total, 0.0)[:, None]
         mass += tl.sum(p, 0)
         entropy = tl.log(total) - tl.sum(p * shifted, 1)                             # -sum p log p
@@ -593,21 +612,12 @@ def route_fwd(logits, bias, weights, experts, lse, hist, sums, N, T,
             score = (tl.sigmoid(x) if SIGMOID else p) + tl.load(bias + e, e < E, other=0.0)[None, :]
             key = tl.where(real, mirror((score + 0.0).to(tl.int32, bitcast=True)), LOWEST)
 
-        choice = tl.zeros((ROWS, BLOCK_K), tl.int32)
-        value = tl.zeros((ROWS, BLOCK_K), tl.int32)
-        for k in range(K):
-            best = tl.max(key, 1)
-            winner = tl.min(tl.where(key == best[:, None], e[None, :], BLOCK_E), 1)  # the lowest index among equals
-            key = tl.where(e[None, :] == winner[:, None], LOWEST, key)
-            choice = tl.where(kk == k, winner[:, None], choice)
-            value = tl.where(kk == k, best[:, None], value)
-
+        choice, value, key = take_best(key, e, kk, K, LOWEST)
         at, kept = base * K + (n[:, None] * K + kk), live[:, None] & (kk < K)
         value = mirror(value).to(tl.float32, bitcast=True)                           # the chosen logits
         if bias is not None:                                                         # the key was not the logit
             value = tl.load(logits + base * E + (n[:, None] * E + choice), kept & finite[:, None], other=0.0)
-        if SIGMOID:
-            value = log_sigmoid(value)
+        value = log_sigmoid(value) if SIGMOID else value
         if RENORMALIZE:
             w = tl.where(kk < K, tl.exp(value - tl.max(tl.where(kk < K, value, float("-inf")), 1)[:, None]), 0.0)
             w *= (1.0 / tl.sum(w, 1))[:, None]

@@ -864,10 +864,6 @@ def lbfgs(runs: Runs, fitted: Fit, sample: int) -> int:
 # --- 7. from the law to a model to train ----------------------------------------------------------------------------
 
 BYTES = {"bf16": 2, "fp32": 4}
-GPUS = {                             # dense peak FLOP/s in bf16 and fp32, bytes of memory: the vendors' data sheets
-    "A100": (312e12, 19.5e12, 80e9), "H100": (989e12, 67e12, 80e9), "H200": (989e12, 67e12, 141e9),
-    "B200": (2250e12, 80e12, 180e9), "MI300X": (1307e12, 163e12, 192e9), "L40S": (362e12, 92e12, 48e9),
-    "RTX4090": (165e12, 83e12, 24e9)}
 RAMP = [(0, 65_536), (500_000_000, 131_072), (1_000_000_000, 262_144)]     # the paper's: (from token, tokens a step)
 
 
@@ -966,14 +962,15 @@ def plan(args) -> dict:
 
     It has to fit one GPU twice: training, with a whole copy on each, and serving --context tokens.
     """
-    from model import count, memory
+    from model import CARDS, count, memory
     law, draws, runs = chosen_law(args.law)
     require(not args.memory or args.memory[0] == "bytes",
             "plan --memory is that of one GPU: give it a unit of bytes, such as 80GB or 80GiB")
     require(not args.write or args.write.endswith(".py"),
             f"--write {args.write}: a config is a Python file, such as configs/planned.py")
-    *peaks, card = GPUS[args.gpu]
-    limit, dtype = args.memory[1] if args.memory else card, {"bf16": "bfloat16", "fp32": "float32"}[args.dtype]
+    require(args.gpu in CARDS, f"--gpu {args.gpu} must be one of {', '.join(CARDS)}")
+    card, dtype = CARDS[args.gpu], {"bf16": "bfloat16", "fp32": "float32"}[args.dtype]
+    limit = args.memory[1] if args.memory else card.memory
     rows = candidates(args, law, draws, limit, dtype)
     best = min(rows, key=lambda row: row["loss"])
     E, N, D = best["n_expert"], best["n_active"], best["tokens"]
@@ -988,7 +985,7 @@ def plan(args) -> dict:
         "learning_rate": math.exp(8.39 - 0.81 * math.log(body) - 0.25 * math.log(E)),              # eq. 7 by the text
         "learning_rate_authors_code": math.exp(8.391640956 - 0.8121798245 * math.log(N) - 0.25 * math.log(E)),
         "training_bytes": memory(config, micro, dtype), "gpus": f"{args.gpus} x {args.gpu}", "assumed_mfu": args.mfu,
-        "days": flops / (args.gpus * peaks[args.dtype == "fp32"] * args.mfu) / 86400,
+        "days": flops / (args.gpus * getattr(card, dtype) * args.mfu) / 86400,
         "beyond_the_runs": {"N": N / tried(runs.N), "D": D / tried(runs.D),         # times the largest run at this E
                             "flops": flops / float((6 * runs.N * runs.D).max())}}   # times the largest run of all
     show("The best shape for each number of experts", rows)
@@ -1223,7 +1220,7 @@ FLAGS = {                            # flag: the verbs that take it, how it is r
     "--kv_tokens": ("optimum", {"type": plain, "default": 0.0}, "cached tokens that --memory holds too (default 0)"),
     "--switches": ("optimum", {"choices": ["memory", "flops"]}, "where the best E changes along this budget"),
     "--rule_of_thumb": ("optimum", {"action": "store_true"}, "check E times the tokens at equal memory against dense"),
-    "--gpu": ("plan", {"choices": list(GPUS), "required": True}, "the GPU to train on"),
+    "--gpu": ("plan", {"metavar": "NAME", "required": True}, "the GPU to train on: H100, A100-80, ... (model.CARDS)"),
     "--gpus": ("plan", {"type": whole, "default": 1}, "how many (default 1)"),
     "--context": ("plan", {"type": plain, "default": 32768.0}, "cached tokens when deployed (default 32768)"),
     "--mfu": ("plan", {"type": share, "default": 0.35}, "assumed model FLOPs utilisation (default 0.35)"),

@@ -62,6 +62,7 @@ import numpy as np
 import torch
 
 from model import (
+    CARDS,
     BadInput,
     Model,
     ModelConfig,
@@ -566,15 +567,6 @@ def logged_before(line: str, step: int) -> bool:
 # --- the machine ----------------------------------------------------------------------------------------------------
 
 
-# The vendors' data sheets: bytes of memory, its bytes/s, and FLOP/s of dense bf16 products summed in float32. (Those of
-# the 4060 and 4070 are taken as twice their float32 rate, the ratio that is printed for the larger cards.)
-CARDS = {
-    "4060": (8e9, 272e9, 30e12), "4070": (12e9, 504e9, 58e12), "4080": (16e9, 717e9, 97e12),
-    "3090": (24e9, 936e9, 71e12), "4090": (24e9, 1008e9, 165e12), "L4": (24e9, 300e9, 121e12),
-    "A10": (24e9, 600e9, 125e12), "A100-40": (40e9, 1555e9, 312e12), "L40S": (48e9, 864e9, 362e12),
-    "A100-80": (80e9, 2039e9, 312e12), "H100": (80e9, 3350e9, 989e12), "H200": (141e9, 4800e9, 989e12),
-    "B200": (192e9, 8000e9, 2250e12),
-}
 VARIANTS = {"Ti", "SUPER", "D", "Laptop"}     # words that make another card of a GeForce's number
 
 
@@ -585,7 +577,7 @@ def peak_flops(config: Config) -> float | None:
     words = torch.cuda.get_device_name(config.device).replace("-", " ").split()
     if VARIANTS & set(words):
         return None
-    return next((rate for key, (_, _, rate) in CARDS.items() if key.partition("-")[0] in words), None)
+    return next((card.bfloat16 for key, card in CARDS.items() if key.partition("-")[0] in words), None)
 
 
 def free_memory(device: str) -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import bench
+import model
 import train
 from model import BadInput, run_script
 
@@ -220,7 +221,7 @@ def test_a_card_takes_the_longest_context_and_then_the_largest_batch_that_fit(mo
     """
     monkeypatch.setattr(bench, "count", lambda config: {"flops_per_token": 1e9})
     config = train.Config(**SMALL | {"seq_len": 2048})
-    row = bench.card_row("made up", (24e9, 100e9, 10e12), config, 12_288, gb_needed(), None)
+    row = bench.card_row("made up", model.Card(24e9, 100e9, 10e12, 1e12), config, 12_288, gb_needed(), None)
     assert (row["longest_context"], row["largest"], row["tokens"]) == (4096, "2 x 2048", 4096)
     assert (row["run"], row["estimate_gb"]) == ("2 x 2048 x 3", 20.0)
     assert row["traffic_s"] == pytest.approx(0.72) and row["compute_s"] == pytest.approx(12_288 * 1e9 / 10e12)
@@ -229,7 +230,8 @@ def test_a_card_takes_the_longest_context_and_then_the_largest_batch_that_fit(mo
 
 def test_a_card_fits_to_the_byte():
     config = train.Config(**SMALL | {"seq_len": 2048})
-    of = lambda room: bench.card_row("made up", (room, 1e9, 1e12), config, 8192, gb_needed(), (1, 2048, 4))
+    card = lambda room: model.Card(room, 1e9, 1e12, 1e12)
+    of = lambda room: bench.card_row("made up", card(room), config, 8192, gb_needed(), (1, 2048, 4))
     need = (16 + 8) * 1e9 + bench.RESERVE
     assert of(need)["largest"] == "4 x 2048" and of(need - 1)["largest"] == "2 x 2048"
     assert of((16 + 1) * 1e9 + bench.RESERVE)["run"] == "1 x 1024 x 8"
@@ -241,7 +243,7 @@ def test_a_card_fits_to_the_byte():
 
 def test_a_batch_smaller_than_what_fits_is_one_micro_batch():
     config = train.Config(**SMALL | {"seq_len": 2048})
-    row = bench.card_row("made up", (100e9, 1e9, 1e12), config, 4096, gb_needed(), None)
+    row = bench.card_row("made up", model.Card(100e9, 1e9, 1e12, 1e12), config, 4096, gb_needed(), None)
     assert row["largest"] == "32 x 2048" and row["run"] == "2 x 2048 x 1" and row["estimate_gb"] == 20
 
 
@@ -250,7 +252,7 @@ def test_hardware_lists_every_card_and_the_choices_of_the_source(tmp_path):
     cards = ["--card", "mine,30,500,50", "--card", "H100,79,1,1"]
     result = run(tmp_path, "hardware", path, "--batch_tokens", "16384", *cards)
     rows = {r["name"]: r for r in result["rows"]}
-    assert set(rows) == set(train.CARDS) | {"mine"} and rows["H100"]["gb"] == 79 and result["batch_tokens"] == 16_384
+    assert set(rows) == set(model.CARDS) | {"mine"} and rows["H100"]["gb"] == 79 and result["batch_tokens"] == 16_384
     assert sorted({r["gb"] for r in rows.values()}) == [8, 12, 16, 24, 30, 40, 48, 79, 80, 141, 192]
     assert {name: r["source"] for name, r in rows.items() if "source" in r} == {
         "3090": "1 x 1024 x 8", "4090": "1 x 2048 x 4", "A100-40": "1 x 2048 x 8", "A100-80": "2 x 2048 x 4",

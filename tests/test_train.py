@@ -1261,6 +1261,13 @@ def test_every_router_and_axis_trains_from_a_line_and_continues_to_the_last_bit(
     assert same(checkpoint(), checkpoint("out/whole"))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")                # torch.compile looks at it itself
+def test_a_compiled_model_learns_the_same(command):
+    assert command("--max_steps=4")[0] == 0
+    assert command("--max_steps=4", "--compile", "--out_dir=out/compiled")[0] == 0
+    assert log("out/compiled")[-1]["val_ce"] == pytest.approx(log()[-1]["val_ce"], abs=1e-4)
+
+
 # --- the machine ----------------------------------------------------------------------------------------------------
 
 
