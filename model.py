@@ -60,6 +60,14 @@ class BadInput(Exception):
     """The user can mend this: one line saying what is wrong, what is allowed, and the fix. Scripts exit with code 2."""
 
 
+def is_file(name: str) -> bool:
+    """Whether this is a file; a text too long for a name is none."""
+    try:
+        return Path(name).is_file()
+    except OSError:
+        return False
+
+
 def closest(word: str, known) -> str:
     """', did you mean X?' when a known name is near, else ''."""
     near = difflib.get_close_matches(word, list(known), 1)
@@ -108,11 +116,13 @@ class ModelConfig:
     def __post_init__(self):
         if self.expert_groups is not None:
             pairs = self.expert_groups
+            whole = lambda n: isinstance(n, (int, float)) and 0 < n < 2**31 and n == int(n)
             require(isinstance(pairs, list) and len(pairs) > 0
                     and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
-                    and all(type(n) is int and 0 < n < 2**31 for pair in pairs for n in pair),
+                    and all(whole(n) for pair in pairs for n in pair),
                     f"expert_groups = {pairs} must be a list of (experts, width) pairs, such as [(16, 256), (32, 128)]")
-            self.n_expert = sum(n for n, _ in pairs)
+            self.expert_groups = [(int(n), int(width)) for n, width in pairs]  # JSON has lists
+            self.n_expert = sum(n for n, _ in self.expert_groups)
 
     @property
     def widths(self) -> list[tuple[int, int]]:
@@ -137,6 +147,9 @@ class ModelConfig:
         require(self.d_head % 2 == 0, f"d_head = {self.d_head} must be even, rotary positions turn pairs")
         require(self.seq_len <= self.max_seq_len,
                 f"seq_len = {self.seq_len} must not exceed max_seq_len = {self.max_seq_len}")
+        wide = max(n * 2 * width for n, width in self.widths)
+        require(max(wide, self.vocab_size, self.n_head * self.d_head) * self.d_model < 2**60,
+                "a matrix of this model has over 10^18 numbers: make it smaller")
         require(self.router in POLICIES,
                 f"router = {self.router!r} is not one of {', '.join(POLICIES)}{closest(self.router, POLICIES)}")
         require(self.router != "switch" or self.top_k == 1, f"router = 'switch' visits one expert: set top_k = 1, "
@@ -208,18 +221,21 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
     params = sizes["total"] if c.tie_embeddings else sizes["total_untied"]
     tokens, wide = micro_batch * c.seq_len, 2 if dtype == "bfloat16" else 4
     query, key = c.n_head * c.d_head, c.n_kv_head * c.d_head
-    moe = c.n_expert > 1
-    kept = 2 * c.d_model * 4 + 2 * c.d_model * 4                                 # input and norm, twice a block
-    kept += moe * 4 * (3 * c.n_expert + 8 * c.top_k)                             # router scores and plan
-    layer = (2 * (query + 2 * key) + 2 * query) * wide                           # q k v; q k with RoPE; y, twice
-    routed, dense = (c.active_width - c.d_shared, c.d_shared) if moe else (0, c.active_width)
-    layer += (2 * routed + 4 * dense) * wide                                     # pre-activation; a dense one more
+    n_dense = c.n_layer if c.n_expert == 1 else c.first_dense_layers
+    kept = c.n_layer * (2 * c.d_model * 4 + 2 * c.d_model * 4)                   # input and norm, twice a block
+    kept += n_dense * 4 * c.active_width * wide                                  # gate, up, silu and their product
+    kept += (c.n_layer - n_dense) * (4 * (3 * c.n_expert + 8 * c.top_k) + 4 * c.d_shared * wide)   # router; shared
+    attention = (2 * (query + 2 * key) + 2 * query) * wide                       # q k v; q k with RoPE; y, twice
+    routed = 0 if c.n_expert == 1 else 2 * (c.active_width - c.d_shared) * wide  # pre-activation
     working = (c.top_k * 2 * c.d_model + 5 * c.active_width) * wide              # gathered rows and their gradients
-    kept, working = (kept, working + layer) if c.recompute else (kept + layer, working)
+    if c.recompute:
+        working += attention + routed
+    else:
+        kept += c.n_layer * attention + (c.n_layer - n_dense) * routed
     table = c.vocab_size * c.d_model * 4
     logits = 2 * min(LOGIT_BYTES, tokens * c.vocab_size * 4) + table             # a piece, its product; its gradient
     parts = {"weights": 4 * params, "gradients": 4 * params, "optimizer": 8 * params,
-             "activations": tokens * (c.n_layer * kept + working), "logits": logits}
+             "activations": tokens * (kept + working), "logits": logits}
     return parts | {"total": sum(parts.values())}
 
 
@@ -959,7 +975,7 @@ def load_tokenizer(name: str):
     if name == "bytes":
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={"<|endoftext|>": 256})
-    if Path(name).is_file():
+    if is_file(name):
         ranks = read_ranks(Path(name))
         names = QWEN_SPECIAL if len(ranks) == 151_643 else QWEN_SPECIAL[:1]
         special = {f"<{s}>" if s in PLAIN_TAGS else f"<|{s}|>": len(ranks) + i for i, s in enumerate(names)}
@@ -990,19 +1006,21 @@ def hf_tokenizer(folder: Path):
         kind, vocab, merges = (file["model"].get(name) for name in ("type", "vocab", "merges"))
         normal = (file.get("normalizer") or {"type": "NFC"})["type"]        # NFC leaves ordinary text as it is
         require(kind == "BPE" and normal == "NFC", f"{path} is {kind} with {normal}: tiktoken has only byte-level BPE")
-        special = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
+        special = {token["content"].replace("<|end_of_text|>", "<|endoftext|>"): token["id"]            # Llama's
+                   for token in file.get("added_tokens", [])}
         to_byte = {character: byte for byte, character in byte_characters().items()}
         as_bytes = lambda token: bytes(to_byte[c] for c in token)
         ranks = {as_bytes(token): i for token, i in vocab.items() if token not in special}
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
         made = [ranks[as_bytes(a + b)] for a, b in pairs]
-        pattern = split_pattern(file["pre_tokenizer"])
+        special.setdefault("<|endoftext|>", max([*ranks.values(), *special.values()]) + 1)
+        encoding = tiktoken.Encoding(folder.name, pat_str=split_pattern(file["pre_tokenizer"]), mergeable_ranks=ranks,
+                                     special_tokens=special)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{path} is no byte-level BPE of the kind GPT-2 and Qwen use: tiktoken cannot read it") from None
     require(made == sorted(made) and len(ranks) == 256 + len(set(made)),
             f"{path}: its ids are not in the order of its merges, which is what tiktoken goes by")
-    special.setdefault("<|endoftext|>", max([*ranks.values(), *special.values()]) + 1)
-    return tiktoken.Encoding(folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return encoding
 
 
 def byte_characters() -> dict[int, str]:
@@ -1109,10 +1127,17 @@ def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Genera
     return ids.gather(-1, torch.multinomial((values / temperature).softmax(-1), 1, generator=generator))
 
 
+def check_ids(ids: list[int], model: Model) -> list[int]:
+    size = model.config.vocab_size
+    require(max(ids) < size, f"the tokenizer makes token {max(ids)} of this text, and the model has {size}: give "
+                             "--tokenizer the model's own, and a --prompt")
+    return ids
+
+
 def write_text(model: Model, tokenizer, prompt: str, n_token: int, **sampling) -> Iterator[str]:
     """The prompt and what follows, piece by piece; bytes that make no character yet wait for the next token."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    ids = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
+    ids = check_ids(tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token], model)
     yield prompt
     for token in generate(model, torch.tensor([ids]), n_token, n_vocab=tokenizer.n_vocab, **sampling):
         if token == tokenizer.eot_token:
@@ -1142,9 +1167,11 @@ def load_model(folder: str | Path) -> tuple[Model, dict]:
     if "model_type" in config:
         return from_hf(folder), {}
     require((folder / "ckpt.pt").is_file(), f"{folder} has no ckpt.pt: train it first, or check the path")
-    model = Model(ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}))
-    checkpoint = torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True, mmap=True)
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model = Model(ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}))
+        model.load_state_dict(torch.load(folder / "ckpt.pt", "cpu", weights_only=True, mmap=True)["model"])
+    except Exception as error:                                        # whatever a damaged file makes torch.load raise
+        raise BadInput(f"{folder}: ckpt.pt is damaged, or does not fit its config.json ({error})") from None
     return model, config
 
 
@@ -1166,7 +1193,10 @@ def kind_of(token: bytes) -> str:
 
 @torch.no_grad()
 def first_experts(model: Model, ids: list[int]) -> Tensor:
-    """(L, N): the expert that weighs most for each token, in each layer that has experts; read in pieces of seq_len."""
+    """(L, N): the expert that weighs most for each token, -1 where none does, in each layer that has experts.
+
+    The text is read in pieces of seq_len.
+    """
     plans = []
     hooks = [block.ffn.register_forward_hook(lambda module, inputs, out: plans.append(out[1]))
              for block in model.blocks if block.moe]
@@ -1175,7 +1205,8 @@ def first_experts(model: Model, ids: list[int]) -> Tensor:
         model(piece[None])
     for hook in hooks:
         hook.remove()
-    first = [plan.experts.gather(1, plan.weights.argmax(1, keepdim=True)).flatten() for plan in plans]
+    best = [(plan.weights.max(1), plan.experts) for plan in plans]
+    first = [experts.gather(1, top.indices[:, None])[:, 0].where(top.values > 0, -1) for top, experts in best]
     return torch.stack([torch.cat(first[layer::layers]) for layer in range(layers)]).cpu()
 
 
@@ -1184,6 +1215,7 @@ def show_routing(folder: Path, model: Model, tokenizer, text: str) -> None:
     require(model.config.n_expert > 1, f"{folder} holds a model without experts: there is no routing to show")
     ids = tokenizer.encode_ordinary(text)
     require(len(ids) > 1, "--routing needs a text of two tokens or more, or a file that holds one")
+    check_ids(ids, model)
     pieces = [tokenizer.decode_single_token_bytes(i) for i in ids]
     experts, kinds = first_experts(model, ids), [kind_of(piece) for piece in pieces]
     names = [name for name in KINDS if name in kinds]
@@ -1191,8 +1223,9 @@ def show_routing(folder: Path, model: Model, tokenizer, text: str) -> None:
     for column, name in enumerate(names):
         of_kind = experts[:, [i for i, kind in enumerate(kinds) if kind == name]]              # (L, n)
         for layer, row in enumerate(of_kind):
-            shares[layer, :, column] = row.bincount(minlength=shares.shape[1]) / len(row)
-    result = {"tokens": [piece.decode("utf-8", "replace") for piece in pieces], "experts": experts.tolist(),
+            shares[layer, :, column] = row[row >= 0].bincount(minlength=shares.shape[1]) / len(row)
+    result = {"layers": [i for i, block in enumerate(model.blocks) if block.moe],
+              "tokens": [piece.decode("utf-8", "replace") for piece in pieces], "experts": experts.tolist(),
               "kinds": names, "tokens_of_kind": [kinds.count(name) for name in names], "share": shares.tolist()}
     (folder / "routing.json").write_text(json.dumps(result))
     draw_routing(result, folder / "routing.png")
@@ -1210,20 +1243,23 @@ def draw_routing(result: dict, path: Path, width: int = 64, n_line: int = 4) -> 
     figure = plt.figure(figsize=(12, 0.45 * n_line * (1 + layers / 2) + 4.2), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[0.45 * n_line * (1 + layers / 2) + 0.5, 3.7])
     top.suptitle("the expert that weighs most for each token, a row a layer", fontsize=10)
+    cmap = plt.get_cmap("tab20" if share.shape[1] <= 20 else "turbo", share.shape[1]).with_extremes(under="white")
     for line, axis in enumerate(top.subplots(n_line, 1, squeeze=False).flat):
         part = experts[:, line * width:(line + 1) * width]
-        axis.imshow(np.pad(part % 20, ((0, 0), (0, width - part.shape[1])), constant_values=-1), aspect="auto",
-                    cmap=plt.get_cmap("tab20").with_extremes(under="white"), vmin=0, vmax=19, interpolation="nearest")
+        colours = axis.imshow(np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1), cmap=cmap,
+                              vmin=-0.5, vmax=share.shape[1] - 0.5, aspect="auto", interpolation="nearest")
         for column, token in enumerate(result["tokens"][line * width:(line + 1) * width]):
             shown = token.replace("\n", "\u21b5").replace(" ", "\u00b7").replace("$", r"\$")
             axis.text(column, -0.7, shown, ha="center", va="bottom", fontsize=8, family="monospace",
                       rotation=0 if len(token) < 3 else 60)
-        axis.set(xticks=[], yticks=range(layers), ylabel="layer")
+        axis.set_yticks(range(layers), result["layers"])
+        axis.set(xticks=[], ylabel="layer")
         axis.spines[:].set_visible(False)
+    top.colorbar(colours, ax=top.axes, label="expert", shrink=0.8)
     bottom.suptitle("share of a kind's tokens that go first to an expert", fontsize=10)
     for layer, axis in enumerate(bottom.subplots(1, layers, sharey=True, squeeze=False).flat):
         image = axis.imshow(share[layer], aspect="auto", cmap="viridis", vmin=0, vmax=share.max())
-        axis.set(title=f"layer {layer}", ylabel="" if layer else "expert")
+        axis.set(title=f"layer {result['layers'][layer]}", ylabel="" if layer else "expert")
         axis.set_xticks(range(len(result["kinds"])), result["kinds"], rotation=60, ha="right", fontsize=8)
     bottom.colorbar(image, ax=bottom.axes, shrink=0.8)
     figure.savefig(path, dpi=150)
@@ -1268,18 +1304,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokens", type=int, default=200, help="tokens to write")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top_k", type=int, default=50, help="draw from this many likeliest tokens")
-    parser.add_argument("--seed", type=int, default=1, help="of the draws")
+    parser.add_argument("--seed", type=int, default=1, help="of the draws, below 2**63")
     parser.add_argument("--compile", action="store_true", help="compile the step first: pays from some thousand tokens")
     args = parser.parse_args(argv)
     if args.target.endswith(".py"):
         return print_sizes(args.target, args.json)
-    for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 1)):
-        require(getattr(args, name) >= low, f"--{name} {getattr(args, name)} must be at least {low}")
+    for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
+        require(low <= getattr(args, name) < 2**63, f"--{name} {getattr(args, name)} must be at least {low}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_run(args.target, device, args.tokenizer)
     if args.routing is not None:
-        there = len(args.routing) < 1000 and Path(args.routing).is_file()
-        text = Path(args.routing).read_text(errors="replace") if there else args.routing
+        text = Path(args.routing).read_text(errors="replace") if is_file(args.routing) else args.routing
         return show_routing(Path(args.target), model, tokenizer, text)
     for piece in write_text(model, tokenizer, args.prompt, args.tokens, temperature=args.temperature, top_k=args.top_k,
                             seed=args.seed, compiled=args.compile):

@@ -423,7 +423,7 @@ def expert_choice(logits: Tensor, config, context: Context) -> Routing:
     weights = probs.gather(-1, experts.long()).where(used, 0.0)
     plan = finish(logits, probs, weights, experts, nonfinite, config, context, used)
     if plan.stats:
-        plan.stats["dropped"] = 1 - used.sum() / max(n_expert * capacity, 1)
+        plan.stats["dropped"] = (taken.sum() - used.sum()) / max(n_expert * capacity, 1)
     return plan
 
 

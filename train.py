@@ -42,6 +42,7 @@ import platform
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import statistics
@@ -157,7 +158,7 @@ def load_config(path: str, overrides: dict | None = None) -> Config:
     """Read a flat Python config file; overrides win. Names, types and values are checked alike wherever they stand."""
     names = read_file(path)
     require("runs" not in names, f"{path} is a sweep of several runs: `python train.py {path} --dry_run` lists them")
-    return make_config(names | (overrides or {}), f"out/{Path(path).stem}")
+    return make_config(names | (overrides or {}), f"out/{Path(path).stem}", overrides or {})
 
 
 def read_file(path: str, scale: float = 1) -> dict:
@@ -170,11 +171,17 @@ def read_file(path: str, scale: float = 1) -> dict:
         raise BadInput(f"{path} does not run: {type(error).__name__}: {error}") from None
     require(names.pop("scale", None) is scale, f"{path} sets scale, which is the command line's: --scale=N")
     return {name: value for name, value in names.items()
-            if not name.startswith("_") and not isinstance(value, (types.ModuleType, types.FunctionType))}
+            if not name.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)}
 
 
-def make_config(values: dict, out_dir: str) -> Config:
-    """A Config that can be trained with on this machine, or BadInput; out_dir is where it goes unless it says."""
+def make_config(values: dict, out_dir: str, chosen: dict) -> Config:
+    """A Config that can be trained with on this machine, or BadInput; out_dir is where it goes unless it says.
+
+    chosen: those of the values that were set for this run alone, by the command line or in its entry of a sweep.
+    """
+    for name in ("n_expert", "d_expert"):
+        require(not values.get("expert_groups") or name not in chosen,
+                f"{name} does nothing beside expert_groups, which says how many experts of which width there are")
     for name in values:
         require(name in TYPES, f"{name} is no config field{closest(name, [*TYPES, 'runs', 'seeds', 'name', 'group'])}")
     config = Config(**{name: convert(name, value) for name, value in values.items()})
@@ -518,7 +525,7 @@ def open_run(config: Config, data: int) -> dict | None:
                        "give another out_dir, or --overwrite to start anew") from None
     require(not changed, f"{out} holds a run with another config ({'; '.join(changed)}): give another out_dir, "
                          "or --overwrite to start anew")
-    if state and (out / "result.json").is_file():
+    if state and read_json(out / "result.json"):
         return state
     write_text_file(out / "config.json", json.dumps(now, indent=1))
     log = out / "log.jsonl"
@@ -567,7 +574,7 @@ def logged_before(line: str, step: int) -> bool:
 # --- the machine ----------------------------------------------------------------------------------------------------
 
 
-VARIANTS = {"Ti", "SUPER", "D", "Laptop"}     # words that make another card of a GeForce's number
+VARIANTS = {"Ti", "SUPER", "D", "Laptop", "PCIe", "NVL"}     # words that make another card of the name
 
 
 def peak_flops(config: Config) -> float | None:
@@ -668,25 +675,15 @@ def train(config: Config) -> int:
     state = open_run(config, fingerprint(blocks))                           # nothing was written to out_dir before this
     last = total_steps(config)
     describe(config, blocks, val, last, need, free)
-    if state and (Path(config.out_dir) / "result.json").is_file():
+    if state and read_json(Path(config.out_dir) / "result.json"):
         print(f"{config.out_dir} is finished after {last} steps; --overwrite starts anew")
         return 0
 
-    if config.device.startswith("cuda"):
-        torch.cuda.set_device(config.device)                                # Triton launches on the current device
-    model = Model(config).init_weights(config.seed)
-    if given and not state:
-        model.load_state_dict(given, strict=False)                          # all but a selection bias it may not have
-    model, given = model.to(config.device), None
-    groups, betas = parameter_groups(model, config.weight_decay), (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
-    start, seconds, skipped = 0, 0.0, 0
+    model, optimizer = build(config, state, given)
+    start, seconds, skipped = (state[name] for name in ("step", "seconds", "skipped")) if state else (0, 0.0, 0)
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, seconds, skipped = state["step"], state["seconds"], state["skipped"]
         print(f"continuing at step {start} of {last}")
-    del state
+    del state, given
     step_model = torch.compile(model, dynamic=False) if config.compile else model     # shapes never change
     token_bytes = bytes_per_token(tokenizer, config.vocab_size)
     log, batches, stop = Log(config, last, seconds, skipped), Batches(blocks, config), catch_signals()
@@ -698,22 +695,14 @@ def train(config: Config) -> int:
         torch.manual_seed(config.seed * 1_000_003 + step)      # whatever draws at this step draws the same again
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, last)
-        parts, (tokens, batch) = [], position(config, step)
-        n_micro, n_bytes = batch // (config.micro_batch * config.seq_len), 0
-        for x, y in batches.micro_batches(step):
-            n_bytes += int(token_bytes[y].sum())
-            with autocast(config):
-                o = step_model(x.to(config.device), y.to(config.device))
-            loss = o.ce + config.aux_coef * o.balance + config.z_coef * o.z
-            (loss / n_micro).backward()
-            parts.append((torch.stack([o.ce, o.balance, o.z]).detach(), o.stats))
+        parts, n_bytes = accumulate(step_model, config, list(batches.micro_batches(step)), token_bytes)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         norm = norm + 0 * sum(losses.sum() for losses, _ in parts)          # not finite if any loss is not
         optimizer.found_inf = (~norm.isfinite()).float()      # at 1 the fused step leaves the weights alone: a bad
         optimizer.step()                                      # step is skipped and the GPU is not asked
         model.end_step(optimizer.found_inf)
         optimizer.zero_grad(set_to_none=True)
-        log.step(step, tokens + batch, parts, norm, optimizer, n_bytes)
+        log.step(step, sum(position(config, step)), parts, norm, optimizer, n_bytes)
 
         stopping = list(stop)                                               # looked at once a step: save all or nothing
         if every(config.log_interval) or every(config.checkpoint_interval):
@@ -735,19 +724,47 @@ def train(config: Config) -> int:
     return 0
 
 
+def build(config: Config, state: dict | None, given: dict | None) -> tuple[Model, torch.optim.Optimizer]:
+    """Model and optimizer: as the checkpoint left them, or new, with weights from the seed or from init_from."""
+    if config.device.startswith("cuda"):
+        torch.cuda.set_device(config.device)                                # Triton launches on the current device
+    model = Model(config).init_weights(config.seed)
+    if given:
+        model.load_state_dict(given, strict=False)                          # all but a selection bias it may not have
+    groups, betas = parameter_groups(model.to(config.device), config.weight_decay), (config.beta1, config.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    return model, optimizer
+
+
+def accumulate(model: Callable, config: Config, micro_batches: list, token_bytes: torch.Tensor) -> tuple[list, int]:
+    """Add up the gradient of the mean loss; returns each micro-batch's (losses (3,), statistics), and bytes read."""
+    parts, n_bytes = [], 0
+    for x, y in micro_batches:
+        n_bytes += int(token_bytes[y].sum())
+        with autocast(config):
+            o = model(x.to(config.device), y.to(config.device))
+        loss = o.ce + config.aux_coef * o.balance + config.z_coef * o.z
+        (loss / len(micro_batches)).backward()
+        parts.append((torch.stack([o.ce, o.balance, o.z]).detach(), o.stats))
+    return parts, n_bytes
+
+
 SAME_WEIGHTS = {"seq_len", "max_seq_len", "aux_coef", "z_coef", "balance_scope", "bias_rate", "router_noise",
                 "capacity_factor", "eval_capacity_factor", "recompute", "init_scale"}       # a model may change these
 
 
 def initial_weights(config: Config) -> dict | None:
     """The weights of init_from, of a model with this config's shape; BadInput with what to set if it has another."""
-    if not config.init_from:
-        return None
+    if not config.init_from or ((Path(config.out_dir) / "ckpt.pt").is_file() and not config.overwrite):
+        return None                                                         # the run is on its way already
     model, _ = load_model(config.init_from)
     differ = [(f.name, getattr(model.config, f.name)) for f in fields(ModelConfig) if f.name not in SAME_WEIGHTS
               and getattr(model.config, f.name) != getattr(config, f.name)]
     require(not differ, f"init_from = {config.init_from!r} holds a model of another shape; to take it set "
-                        + " ".join(f"--{name}={value}" for name, value in differ))
+                        + " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in differ))
     return model.state_dict()
 
 
@@ -857,7 +874,7 @@ class Log:
         if not stats:
             return {}
         load, n = stats["load"], self.config.n_expert
-        return {"load_max_over_mean": max(max(layer) for layer in load) * n,
+        return {"load_max_over_mean": max(max(layer) / max(sum(layer), 1e-9) for layer in load) * n,
                 "entropy": sum(stats["entropy"]) / len(load), "dropped": sum(stats["dropped"]) / len(load),
                 "dead_experts": sum(share == 0 for layer in load for share in layer)}
 
@@ -891,7 +908,8 @@ def finish(config: Config, model: Model, tokenizer, log: Log, last: int, final: 
     print("--- a sample ---")
     prompt = "import " if config.dataset == "stdlib" else ""
     n_token = min(200, config.max_seq_len - len(prompt) - 1)
-    print("".join(write_text(model, tokenizer, prompt, n_token, seed=config.seed)))
+    if n_token > 0:
+        print("".join(write_text(model, tokenizer, prompt, n_token, seed=config.seed)))
 
 
 def device_name(device: str) -> str:
@@ -952,7 +970,8 @@ def draw_experts(loads: list[dict], out: Path) -> None:
     share. Below, what the log sums up of it: the busiest expert, the routers' indecision, experts without a token."""
     plt = pyplot()
     load = np.array([x["load"] for x in loads])                             # (time, L, E)
-    load, layers, columns = load * load.shape[2], load.shape[1], min(4, load.shape[1])
+    load = load / load.sum(-1, keepdims=True).clip(1e-9) * load.shape[2]    # a router may leave slots unused
+    layers, columns = load.shape[1], min(4, load.shape[1])
     rows = -(-layers // columns)
     figure = plt.figure(figsize=(max(7, 3 * columns + 1), 2.2 * rows + 2.8), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[2.2 * rows + 0.4, 2.4])
@@ -1008,7 +1027,7 @@ def read_runs(path: str, overrides: dict | None = None, seeds: list | None = Non
     shared, overrides = read_file(path, scale), overrides or {}
     if "runs" not in shared:
         require(not seeds, f"{path} is one run: --seeds is for sweeps, use --seed")
-        return [Run("", "", "", make_config(shared | overrides, f"out/{Path(path).stem}"))]
+        return [Run("", "", "", make_config(shared | overrides, f"out/{Path(path).stem}", overrides))]
     entries, in_file = shared.pop("runs"), shared.pop("seeds", [])
     seeds = seeds or in_file
     require(isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries),
@@ -1028,14 +1047,15 @@ def read_runs(path: str, overrides: dict | None = None, seeds: list | None = Non
 def make_run(entry: dict, seed: int | None, suffix: str, shared: dict, overrides: dict, folder: str) -> Run:
     model, group = entry.get("name"), entry.get("group", "")
     safe = isinstance(model, str) and re.fullmatch(r"[A-Za-z0-9][\w.+=-]{0,99}", model)
-    require(bool(safe), f"a run's name must be letters, digits and . _ + = - (it becomes a folder), not {model!r}")
+    require(bool(safe) and model != "lock" and not model.startswith("summary."),
+            f"a run's name must be letters, digits and . _ + = - (it becomes a folder), not {model!r}")
     require(isinstance(group, str), f"run {model}: group = {group!r} must be a text")
     own = {name: value for name, value in entry.items() if name not in ("name", "group")}
     require("out_dir" not in own, f"run {model}: out_dir is the whole sweep's, set it beside runs")
     require(seed is None or "seed" not in own, f"run {model} sets seed, and the sweep seeds: keep one of the two")
     values = shared | own | overrides | {"out_dir": f"{folder}/{model}{suffix}"}
     try:
-        config = make_config(values if seed is None else values | {"seed": seed}, "")
+        config = make_config(values if seed is None else values | {"seed": seed}, "", own | overrides)
     except BadInput as error:
         raise BadInput(f"run {model}: {error}") from None
     return Run(model + suffix, model, group, config)
@@ -1091,11 +1111,11 @@ def sweep(args: argparse.Namespace, runs: list[Run]) -> int:
         require(folder.is_dir(), f"{folder} holds no run of {args.config} yet")
         for run in runs:                                                   # they may have run on another machine
             out = Path(run.config.out_dir)
-            then = read_json(out / "outcome.json").get("config") or read_json(out / "config.json")
+            then = read_json(out / "outcome.json", "config").get("config") or read_json(out / "config.json")
             run.config = replace(run.config, **{k: then[k] for k in ("device", "dtype") if k in then})
     else:
         gpus = torch.cuda.device_count() if runs[0].config.device.startswith("cuda") else 1
-        parallel = {None: 1, 0: gpus}.get(args.parallel, args.parallel)
+        parallel = 1 if args.parallel is None else args.parallel or gpus
         require(type(parallel) is int and parallel > 0, f"--parallel={parallel} must be a number of runs at once")
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
@@ -1191,7 +1211,8 @@ def oom_kills() -> int | None:
 def outcome(run: Run) -> tuple[str, str, dict]:
     """(status, reason, result.json) of a run, from its folder alone. A loss worse than guessing counts as diverged."""
     out, now = Path(run.config.out_dir), json.loads(json.dumps(asdict(run.config)))
-    ended, then, result = (read_json(out / name) for name in ("outcome.json", "config.json", "result.json"))
+    ended, then = read_json(out / "outcome.json", "status", "reason", "config"), read_json(out / "config.json")
+    result = read_json(out / "result.json", "loss")
     if ended and not differences(ended["config"], now):
         return ended["status"], ended["reason"], {}
     if not then:
@@ -1207,11 +1228,13 @@ def outcome(run: Run) -> tuple[str, str, dict]:
     return "done", "", result
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, *keys: str) -> dict:
+    """The object in the file; {} if there is no file, no JSON, no object, or it lacks a key."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) and all(key in found for key in keys) else {}
 
 
 # --- sweeps: summing up ---------------------------------------------------------------------------------------------

@@ -457,6 +457,7 @@ def test_sizes_count_every_axis_by_hand():
     (dict(n_expert=1, top_k=1, d_shared=8), "d_expert"), (dict(capacity_factor=0.0), "capacity_factor"),
     (dict(router="switch"), "top_k = 1"), (dict(router="hash", bias_rate=0.1), "no bias"),
     (dict(router="expert_choice", capacity_factor=1.0), "capacity of its own"),
+    (dict(d_model=10**9, n_expert=10**6, d_expert=10**9, top_k=1), "smaller"),
     (dict(top_p=1.5), "top_p"), (dict(balance_scope="batch"), "balance_scope"), (dict(bias_rate=-1.0), "bias_rate"),
 ])
 def test_impossible_axes_are_refused_in_one_line(changes, message):
@@ -688,3 +689,27 @@ def test_the_routing_picture_holds_each_tokens_first_expert_and_the_share_of_eac
     spaces = [i for i, c in enumerate(text) if c == " "]
     expected = experts[1, spaces].bincount(minlength=8) / len(spaces)
     torch.testing.assert_close(share[1, :, result["kinds"].index("space")], expected)
+
+
+def test_a_token_that_no_expert_served_has_no_first_expert():
+    model = Model(small(router="expert_choice", top_k=1)).init_weights(0).eval()
+    ids = list(range(24))
+    first = m.first_experts(model, ids)
+    plans = []
+    hook = model.blocks[0].ffn.register_forward_hook(lambda module, inputs, out: plans.append(out[1]))
+    model(torch.tensor([ids]))
+    hook.remove()
+    idle = plans[0].weights.amax(1) == 0
+    assert idle.any() and (first[0, idle] == -1).all() and (first[0, ~idle] >= 0).all()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_one_clear_line(tmp_path):
+    model = Model(small(vocab_size=97)).init_weights(0).eval()
+    with pytest.raises(BadInput, match="token 122"):
+        list(m.write_text(model, m.load_tokenizer("bytes"), "xyz", 3))
+    with pytest.raises(BadInput, match="token 122"):
+        m.show_routing(tmp_path, model, m.load_tokenizer("bytes"), "xyz")
+
+
+def test_a_text_too_long_for_a_file_name_is_a_text():
+    assert not m.is_file("x" * 300) and m.is_file(__file__)

@@ -1,8 +1,10 @@
 """README.md: what it says about files, fields, sizes and messages is what the code does."""
 
+import csv
 import dataclasses
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,40 @@ def test_the_router_of_ones_own_is_under_20_lines_keeps_its_promise_and_trains()
 def test_the_table_of_routers_names_every_policy_and_what_it_promises():
     rows = re.findall(r"^\| `(\w+)` \| .* \| (yes|no) \| (yes|no) \|$", README, re.M)
     assert rows == [(name, *("yes" if flag else "no" for flag in (p.causal, p.fused))) for name, p in POLICIES.items()]
+
+
+DIFFERENCES = [  # sweep, group, and the two models whose losses are compared
+    ("search/architecture", "equal tokens", "1.3b", "1.3b-top2"),
+    ("search/architecture", "equal FLOPs", "1.3b-flops", "1.3b-top2-flops"),
+    ("search/architecture", "equal tokens", "wide-1.5b", "deep-1.5b"),
+    ("search/architecture", "equal FLOPs", "wide-1.5b-flops", "deep-1.5b-flops"),
+    ("search/batch_context", "equal steps", "bs1ctx128", "bs2ctx64"),
+    ("search/batch_context", "equal tokens", "bs1ctx128-tokens", "bs2ctx64-tokens"),
+    ("search/batch_context", "equal steps", "bs1ctx128", "bs4ctx64"),
+    ("search/batch_context", "equal tokens", "bs1ctx128-tokens", "bs4ctx64-tokens"),
+    ("slicing/expert_count", "d_model 32", "d32-ratio128", "d32-ratio1"),
+    ("slicing/expert_count", "d_model 64", "d64-ratio128", "d64-ratio1"),
+    ("slicing/shared", "", "shared-1", "routed-4"),
+    ("slicing/shared", "", "shared-2", "routed-4"),
+    ("slicing/shared", "", "shared-2-gated", "routed-4"),
+    ("slicing/heterogeneous", "", "16x48+16x16", "32x32"),
+    ("slicing/heterogeneous", "", "8x64+8x32+16x16", "32x32"),
+    ("slicing/heterogeneous", "", "4x144+28x16", "32x32"),
+    ("slicing/dropping", "", "capacity-0.75", "dropless"),
+    ("slicing/dropping", "", "capacity-1.0", "dropless"),
+    ("slicing/dropping", "", "capacity-1.25", "dropless"),
+    ("slicing/dropping", "", "capacity-2.0", "dropless"),
+    *[("slicing/balancing", "", name, "loss-0.01") for name in (
+        "none", "loss-0.1", "sequence-0.01", "global-0.01", "bias-0.001", "sigmoid-none")],
+]
+
+
+@pytest.mark.parametrize("sweep, group, a, b", DIFFERENCES, ids=lambda word: word.replace("/", " "))
+def test_each_difference_it_claims_is_that_of_the_committed_runs_seed_by_seed(sweep, group, a, b):
+    with open(ROOT / "results" / sweep / "summary.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["group"] == group and row["status"] == "done"]
+    loss = {(row["model"], row["seed"]): float(row["loss"]) for row in rows}
+    differences = [value - loss[b, seed] for (model, seed), value in loss.items() if model == a]
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    claim = f"{statistics.fmean(differences):+.3f} ± {error:.3f}".replace("-", "−")
+    assert claim in README, f"{a} - {b} in {sweep} is {claim} over {len(differences)} seeds"

@@ -196,9 +196,10 @@ def test_a_row_with_nan_or_infinity_is_counted_and_leaves_the_others_alone(bad):
     assert logits.grad.isfinite().all() and (logits.grad[[5, 9]] == 0).all()
 
 
-def test_no_tokens_at_all_cost_nothing():
-    routing = route(torch.zeros(0, 4), config(2))
-    assert routing.losses["balance"] == routing.losses["z"] == routing.stats["entropy"] == 0
+@pytest.mark.parametrize("name", POLICIES)
+def test_no_tokens_at_all_cost_nothing(name):
+    routing = route(torch.zeros(0, 4), config(1, name), ids(0))
+    assert routing.losses["balance"] == routing.losses["z"] == routing.stats["entropy"] == routing.stats["dropped"] == 0
 
 
 def test_logits_that_are_not_float32_and_an_impossible_k_are_refused():

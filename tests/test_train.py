@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1238,6 +1239,37 @@ def test_an_interrupted_run_does_not_go_back_to_the_weights_it_started_from(monk
         trained(max_steps=10, init_from="out/first", out_dir="out/again")
     assert checkpoint("out/again")["step"] < 10
     assert same(trained(max_steps=10, init_from="out/first", out_dir="out/again"), whole)
+
+
+def test_a_run_with_mixed_widths_is_a_start_for_the_same_config(command):
+    groups = "--expert_groups=[(2, 16), (2, 8)]"
+    assert command("--max_steps=2", groups)[0] == 0
+    assert command("--max_steps=2", groups, "--init_from=out/tiny", "--out_dir=out/next")[0] == 0
+
+
+def test_a_number_of_experts_beside_their_groups_is_refused(refused):
+    refused("n_expert does nothing beside expert_groups", "--expert_groups=[(2, 16), (2, 8)]", "--n_expert=8")
+
+
+def test_a_started_run_continues_without_the_weights_it_began_from(command):
+    assert command("--max_steps=2", "--out_dir=out/first")[0] == 0
+    assert command("--max_steps=2", "--init_from=out/first")[0] == 0
+    shutil.rmtree("out/first")
+    assert "is finished" in command("--max_steps=2", "--init_from=out/first")[1]
+
+
+@pytest.mark.parametrize("damage", [lambda out: Path(out, "ckpt.pt").write_bytes(b"junk"),
+                                    lambda out: Path(out, "config.json").write_text("{}")], ids=["ckpt", "config"])
+def test_a_damaged_run_to_start_from_is_one_clear_line(damage, command):
+    assert command("--max_steps=2")[0] == 0
+    damage("out/tiny")
+    code, _, err = command("--max_steps=2", "--init_from=out/tiny", "--out_dir=out/next")
+    assert code == 2 and "ckpt.pt is damaged" in err and err.count("\n") == 1
+
+
+def test_the_busiest_expert_is_measured_against_the_choices_that_were_made(command):
+    assert command("--router=top_p", "--top_p=0.01", "--max_steps=6")[0] == 0        # one expert a token, of two slots
+    assert all(line["load_max_over_mean"] >= 1 for line in training())
 
 
 AXES = [[f"--router={name}"] for name in POLICIES if name != "switch"] + [

@@ -24,6 +24,7 @@ log_interval = 100
 checkpoint_interval = 250 * scale
 seeds = [1, 2, 3]
 
-runs = [dict(name=f"d{d}-top{k}", group=f"d_model {d}", d_model=d, n_head=d // 16, n_kv_head=d // 32,
-             d_expert=2 * d // k, top_k=k, n_expert=8 * k)
-        for d in (32 * scale, 64 * scale, 96 * scale) for k in (1, 2, 4, 8, 16)]
+_active = {32: (1, 2, 4, 8, 16), 64: (1, 2, 4, 8, 16), 96: (1, 2, 4, 8)}
+runs = [dict(name=f"d{d}-top{k}", group=f"d_model {d * scale}", d_model=d * scale, n_head=d * scale // 16,
+             n_kv_head=d * scale // 32, d_expert=2 * d * scale // k, top_k=k, n_expert=8 * k)
+        for d, top_ks in _active.items() for k in top_ks]

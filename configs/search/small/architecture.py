@@ -1,5 +1,5 @@
 # Phase 1 of the architecture search (Thakkar 2026) in small: five shapes, three seeds, on Python's library as bytes.
-# configs/search/architecture.py is the search at full size. About 15 minutes on two CPU cores with --parallel=2.
+# configs/search/architecture.py is the search at full size. 17 minutes on two busy CPU cores with --parallel=2.
 #
 # Scaled   d_model, d_expert and the context of 1,024 by 1/16, n_layer by 1/2, steps by 1/4; vocabulary 264. Kept
 #          are the ratios of depth and width, of heads * d_head and d_model, four query heads to a key head (so deep has

@@ -1,5 +1,5 @@
 # Phase 3 of the architecture search (Thakkar 2026) in small: 13 cells of batch and context, read twice, two seeds.
-# configs/search/batch_context.py is the search at full size. About 12 minutes on two CPU cores with --parallel=2.
+# configs/search/batch_context.py is the search at full size. 25 minutes on two busy CPU cores with --parallel=2.
 #
 # Scaled   as in architecture.py beside this file: contexts by 1/16, batches as they are.
 # Equal    the source gives each cell equal steps, so that the largest sees 16 times the tokens of the smallest. The

@@ -1,5 +1,5 @@
 # Phase 2 of the architecture search (Thakkar 2026) in small: nine learning rates on phase 1's best shape, two seeds.
-# configs/search/learning_rate.py is the search at full size. About 8 minutes on two CPU cores with --parallel=2.
+# configs/search/learning_rate.py is the search at full size. 11 minutes on two busy CPU cores with --parallel=2.
 #
 # Scaled   as in architecture.py beside this file; the rates are those of the full size times 10, as the model is a
 #          sixteenth as wide.
