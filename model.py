@@ -226,8 +226,9 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
     kept += n_dense * 4 * c.active_width * wide                                  # gate, up, silu and their product
     kept += (c.n_layer - n_dense) * (4 * (3 * c.n_expert + 8 * c.top_k) + 4 * c.d_shared * wide)   # router; shared
     attention = (2 * (query + 2 * key) + 2 * query) * wide                       # q k v; q k with RoPE; y, twice
-    routed = 0 if c.n_expert == 1 else 2 * (c.active_width - c.d_shared) * wide  # pre-activation
-    working = (c.top_k * 2 * c.d_model + 5 * c.active_width) * wide              # gathered rows and their gradients
+    slots = 2 if c.router == "expert_choice" else 1                              # it has room for 2K choices a token
+    routed = 0 if c.n_expert == 1 else slots * 2 * (c.active_width - c.d_shared) * wide      # pre-activation
+    working = slots * (c.top_k * 2 * c.d_model + 5 * c.active_width) * wide      # gathered rows and their gradients
     if c.recompute:
         working += attention + routed
     else:

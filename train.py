@@ -574,7 +574,7 @@ def logged_before(line: str, step: int) -> bool:
 # --- the machine ----------------------------------------------------------------------------------------------------
 
 
-VARIANTS = {"Ti", "SUPER", "D", "Laptop", "PCIe", "NVL"}     # words that make another card of the name
+VARIANTS = {"Ti", "SUPER", "D", "Laptop", "NVL"}     # words that make another card of the name
 
 
 def peak_flops(config: Config) -> float | None:
@@ -582,7 +582,7 @@ def peak_flops(config: Config) -> float | None:
     if not config.device.startswith("cuda") or config.dtype != "bfloat16":
         return None
     words = torch.cuda.get_device_name(config.device).replace("-", " ").split()
-    if VARIANTS & set(words):
+    if VARIANTS & set(words) or {"H100", "PCIe"} <= set(words):
         return None
     return next((card.bfloat16 for key, card in CARDS.items() if key.partition("-")[0] in words), None)
 
@@ -1365,9 +1365,10 @@ def draw_curves(axis, groups: dict, field: str) -> None:
         means = [(x, statistics.fmean(ys)) for x, ys in curve if ys]
         axis.plot([x for x, ys in curve for _ in ys], [y for _, ys in curve for y in ys], "o", color=f"C{i}", alpha=0.5)
         best = optimum(means)
-        label = group + (f" (best {best[0]:.3g}, by parabola)" if best else "")
+        label = group + (f", best {best[0]:.2g}" if best else "")           # the star: by a parabola in log x
         axis.plot([x for x, _ in means], [y for _, y in means], color=f"C{i}", label=label)
-        axis.plot(*[[x] for x in best or ()], "*", color=f"C{i}", ms=12, mec="black", mew=0.5)
+        if best:
+            axis.plot(*best, "*", color=f"C{i}", ms=12, mec="black", mew=0.5)
     rows = [row for models in groups.values() for runs in models.values() for row in runs]
     values = sorted({row[field] for row in rows})
     for x in values:

@@ -6,7 +6,7 @@
 #           batch of two micro-batches; a selection bias without a loss (DeepSeek-V3), and its sigmoid router alone.
 #           Three seeds each.
 # Run       python train.py configs/slicing/balancing.py --parallel=2          (--scale=8 --parallel on GPUs)
-# Scale     512,000 tokens of Python source a run; `scale`, 1 unless given, widens and lengthens.
+# Scale     307,200 tokens of Python source a run; `scale`, 1 unless given, widens and lengthens.
 
 n_layer = 3
 d_model = 64 * scale
@@ -18,13 +18,13 @@ seq_len = 128
 
 micro_batch = 8 * scale
 batch_tokens = 2 * 8 * scale * 128     # two micro-batches, 2,048 tokens a step
-max_steps = 250 * scale
+max_steps = 150 * scale
 learning_rate = 4e-3 / scale
 warmup = 0.05
-eval_interval = 250 * scale
+eval_interval = 150 * scale
 eval_tokens = 131_072
 log_interval = 100
-checkpoint_interval = 250 * scale
+checkpoint_interval = 150 * scale
 seeds = [1, 2, 3]
 
 n_expert = 32

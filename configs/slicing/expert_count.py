@@ -25,7 +25,7 @@ checkpoint_interval = 400 * scale
 seeds = [1, 2, 3]
 
 top_k = 4
-_ratios = {32: (1, 2, 4, 8, 16, 32, 64, 128), 64: (1, 4, 16, 64, 128)}
+_ratios = {32: (1, 2, 4, 8, 16, 32, 64, 128), 64: (1, 4, 16, 128)}
 runs = [dict(name=f"d{d}-ratio{ratio}", group=f"d_model {d * scale}", d_model=d * scale, n_head=d * scale // 16,
              n_kv_head=d * scale // 32, d_expert=d * scale // 2, n_expert=4 * ratio)
         for d, ratios in _ratios.items() for ratio in ratios]

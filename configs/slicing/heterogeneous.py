@@ -5,7 +5,7 @@
 # Here      1,024 hidden units in a layer, four experts of 32 on average a token, mixed in three ways; three seeds each.
 #           Routing is free to favour the wide ones: the active size is a mean over an even load.
 # Run       python train.py configs/slicing/heterogeneous.py --parallel=2          (--scale=8 --parallel on GPUs)
-# Scale     512,000 tokens of Python source a run; `scale`, 1 unless given, widens and lengthens.
+# Scale     307,200 tokens of Python source a run; `scale`, 1 unless given, widens and lengthens.
 
 n_layer = 3
 d_model = 64 * scale
@@ -16,13 +16,13 @@ vocab_size = 264
 seq_len = 128
 
 micro_batch = 16 * scale    # 2,048 tokens a step
-max_steps = 250 * scale
+max_steps = 150 * scale
 learning_rate = 4e-3 / scale
 warmup = 0.05
-eval_interval = 250 * scale
+eval_interval = 150 * scale
 eval_tokens = 131_072
 log_interval = 100
-checkpoint_interval = 250 * scale
+checkpoint_interval = 150 * scale
 seeds = [1, 2, 3]
 
 top_k = 4
