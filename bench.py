@@ -435,11 +435,12 @@ def step_of(name: str, config: ModelConfig, batch: int, peers: bool) -> dict:
 
 def ours_step(model: Model, config: ModelConfig, x, y, call: Callable | None = None) -> Callable:
     """One optimizer step of the model, called as itself or as torch.compile made it."""
+    call = model if call is None else call
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=True)
 
     def step():
         with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=GPU):
-            o = (call or model)(x, y)
+            o = call(x, y)
         (o.ce + config.aux_coef * o.balance + config.z_coef * o.z).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
