@@ -1129,6 +1129,7 @@ def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Genera
 
 
 def check_ids(ids: list[int], model: Model) -> list[int]:
+    """The ids, if each has a row in the model's embedding; else BadInput."""
     size = model.config.vocab_size
     require(max(ids) < size, f"the tokenizer makes token {max(ids)} of this text, and the model has {size}: give "
                              "--tokenizer the model's own, and a --prompt")

@@ -2,6 +2,7 @@
 #
 # Source    "Slicing and Dicing" (Li 2026), finding 1: yes, at every active size, to total / active = 128.
 # Here      top-4 of 4 ... 512 experts of a quarter of the feed-forward, 2 D wide, at two active sizes; three seeds.
+#           The larger takes four of the eight numbers.
 # Run       python train.py configs/slicing/expert_count.py --parallel=2          (--scale=8 --parallel on GPUs)
 # Scale     819,200 tokens of Python source a run, 40,000 and 130,000 active parameters: the source's smallest has 10M.
 #           What holds here is a hint. `scale`, 1 unless given, widens and lengthens.
