@@ -50,21 +50,22 @@ from model import (
     BadInput,
     Card,
     Dense,
-    Experts,
     LinearCrossEntropy,
     Model,
     ModelConfig,
     MoE,
     count,
+    experts,
     generate,
     memory,
     parameter_groups,
+    product,
     require,
     run_script,
     to_hf,
 )
 from router import place, route, triton
-from train import Config, free_memory, load_config, load_runs, peak_memory
+from train import Config, free_memory, keep_freed_memory, load_config, load_runs, peak_memory
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -247,7 +248,7 @@ def bench_layer(args) -> dict:
         _, offsets, slot, token = place(choices(kind, n, e, k), e)
         w_in = (torch.randn(e, 2 * width, d, device=DEVICE) / d**0.5).requires_grad_()
         w_out = (torch.randn(e, d, width, device=DEVICE) / width**0.5).requires_grad_()
-        call = lambda plan=(token, slot, offsets), w=weights, a=w_in, b=w_out: Experts.apply(x, w, *plan, True, a, b)
+        call = lambda plan=(token, slot, offsets), w=weights, a=w_in, b=w_out: experts(x, w, *plan, True, a, b)
         candidates[f"E={e} {kind}"] = lambda call=call, w=(weights, w_in, w_out): forward_backward(call, x, *w)
     dense = Dense(d, k * width).to(DEVICE, DTYPE)
     for p in dense.parameters():
@@ -327,17 +328,18 @@ PEER_LAYERS = {"liger-kernel": (liger_layer, "its Triton kernels need a GPU"),
 
 
 def expert_products(rows: int, d: int, width: int, e: int) -> Callable:
-    """The nine products of an expert layer, three forward, six backward, on balanced experts and ready buffers."""
+    """The nine products of an expert layer, three forward, six backward, on balanced experts, by the faster library."""
     n = rows // e
     x, h, a = (torch.randn(n, size, device=DEVICE, dtype=DTYPE) for size in (d, 2 * width, width))
     w1, w2 = (torch.randn(*s, device=DEVICE, dtype=DTYPE) for s in ((2 * width, d), (d, width)))
-    products = [(x, w1.t()), (a, w2.t()), (x, w2), (x.t(), a), (h, w1), (h.t(), x)]
-    outs = [p @ q for p, q in products]
+    of_weights = [torch.empty(d, width, device=DEVICE, dtype=DTYPE), torch.empty_like(w1)]
 
     def run():
         for _ in range(e):
-            for (p, q), out in zip(products, outs):
-                torch.mm(p, q, out=out)
+            for p, w in ((x, w1), (a, w2), (x, w2.t()), (h, w1.t())):
+                product(p, w)
+            for p, q, out in zip((x, h), (a, x), of_weights):
+                torch.mm(p.t(), q, out=out)
 
     return run
 
@@ -500,7 +502,7 @@ def their_step(theirs, call: Callable, tokens) -> Callable:
 
 
 def model_products(config: ModelConfig, batch: int) -> Callable:
-    """Every matrix product and attention of a training step, forward and backward, on ready-made buffers."""
+    """Every matrix product and attention of a training step, forward and backward, by the faster library."""
     c, n = config, batch * config.seq_len
     make = lambda *shape: torch.randn(*shape, device=DEVICE, dtype=DTYPE)
     linears = [(c.d_model, (c.n_head + 2 * c.n_kv_head) * c.d_head), (c.n_head * c.d_head, c.d_model),
@@ -508,16 +510,15 @@ def model_products(config: ModelConfig, batch: int) -> Callable:
     products = []
     for i, o in [*linears * c.n_layer, (c.d_model, c.vocab_size)]:
         a, w, b = make(n, i), make(o, i), make(n, o)
-        products += [(a, w.t()), (b, w), (b.t(), a)]
-    outs = [p @ q for p, q in products]
+        products.append((a, w, b, torch.empty_like(w)))
     experts = expert_products(n * c.top_k, c.d_model, c.d_expert, c.n_expert)
     heads = (c.n_head, c.n_kv_head, c.n_kv_head)
     q, k, v = (make(batch, h, c.seq_len, c.d_head).requires_grad_() for h in heads)
     dy = make(batch, c.n_head, c.seq_len, c.d_head)
 
     def run():
-        for (p, q_), out in zip(products, outs):
-            torch.mm(p, q_, out=out)
+        for a, w, b, dw in products:
+            product(a, w), product(b, w.t()), torch.mm(b.t(), a, out=dw)
         for _ in range(c.n_layer):
             experts()
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -857,6 +858,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch_tokens", type=int, help="hardware: tokens a step (default: the config's)")
     parser.add_argument("--card", action="append", help='hardware: also this card, "name,GB,GB/s,TFLOP/s"')
     args = parser.parse_intermixed_args(argv)
+    keep_freed_memory()                                   # as training does; the peers gain by it as well
     if args.what == "draw":
         require(bool(args.file) and Path(args.file).is_file(), "draw needs the path of a JSON that bench.py wrote")
         return draw(args.file)

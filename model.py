@@ -261,6 +261,46 @@ CARDS = {  # the vendors' data sheets. The bfloat16 rate of the 4060 and 4070 is
 # --- the parts ------------------------------------------------------------------------------------------------------
 
 
+TILE = 16            # sizes that oneDNN is given are multiples of it
+AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def has_onednn(x: Tensor, w: Tensor) -> bool:
+    """Where oneDNN multiplies, not torch.mm: on AMD's processors torch.mm (MKL) leaves half of the AVX-512 units idle.
+
+    Both are in torch, and oneDNN is up to twice as fast there. It compiles a kernel a shape, so it gets whole tiles.
+    """
+    return (AVX512 and x.dtype == w.dtype == torch.float32 and x.device.type == "cpu"
+            and all(n > 0 and n % TILE == 0 for n in (*x.shape, len(w))))
+
+
+def onednn(x: Tensor, w: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+
+def linear_backward(ctx, dy):
+    x, w = ctx.saved_tensors
+    return product(dy, w.t()), dy.t() @ x
+
+
+onednn_linear = torch.library.custom_op("moe::linear", onednn, mutates_args=())     # for autograd and torch.compile
+onednn_linear.register_fake(lambda x, w: x.new_empty(len(x), len(w)))
+onednn_linear.register_autograd(linear_backward, setup_context=lambda ctx, inputs, y: ctx.save_for_backward(*inputs))
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x (n, i) @ w (o, i).T by the faster library, without a gradient."""
+    if not has_onednn(x, w):
+        return x @ w.t()
+    return onednn_linear(x, w) if torch.compiler.is_compiling() else onednn(x, w)
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """F.linear, x (..., i) @ w (o, i).T, by the faster library."""
+    flat = x.flatten(0, -2)
+    return onednn_linear(flat, w).unflatten(0, x.shape[:-1]) if has_onednn(flat, w) else F.linear(x, w)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis (Zhang 2019)."""
 
@@ -346,7 +386,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
-        heads = self.qkv(x).view(B, T, -1, self.d_head).transpose(1, 2)          # (B, H + 2 H_kv, T, d_head)
+        heads = linear(x, self.qkv.weight).view(B, T, -1, self.d_head).transpose(1, 2)    # (B, H + 2 H_kv, T, d_head)
         q, k, v = heads.split(self.heads, 1)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -355,7 +395,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v, mask = cache.append(layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return linear(y.transpose(1, 2).reshape(B, T, -1), self.out.weight)
 
 
 class Dense(nn.Module):
@@ -367,8 +407,8 @@ class Dense(nn.Module):
         self.w_out = nn.Parameter(torch.empty(d_model, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.w_in).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, self.w_out)
+        gate, up = linear(x, self.w_in).chunk(2, -1)
+        return linear(F.silu(gate) * up, self.w_out)
 
 
 class MoE(nn.Module):
@@ -397,7 +437,7 @@ class MoE(nn.Module):
         flat = x.reshape(-1, x.shape[-1])                                              # (N, D)
         context = Context(ids.flatten(), x.shape[1], self.training, self.bias, self.load)
         with torch.autocast(x.device.type, enabled=False):        # float32 always: rounding would turn near ties around
-            r = route(F.linear(flat.float(), self.gate.float()), self.config, context)
+            r = route(linear(flat.float(), self.gate.float()), self.config, context)
         if self.training and self.load is not None:
             self.load += r.demand
         flat = flat.to(compute_dtype(x))
@@ -460,94 +500,117 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-class Experts(torch.autograd.Function):
-    """Rows to experts and back: y[n] = sum_k weight[n, k] W_out[e] (silu(g) * u), with (g, u) = W_in[e] x[n].
+@torch.compiler.disable           # fused by hand already, and the rows of an expert change at every step
+def experts(x: Tensor, weights: Tensor, token: Tensor, slot: Tensor, offsets: Tensor, keep: bool, *matrices) -> Tensor:
+    """y[n] = sum_k weight[n, k] W_out[e] (silu(g) * u), with (g, u) = W_in[e] x[n] and e the k-th expert of token n.
 
-    Autograd would keep the gathered rows, the activation and every expert's output. Written by hand, only x, the
-    pre-activation h and the weights stay: the rest is cheap to make again, and a combine weight's gradient needs no
-    output, since <dy, W_out a> = <W_out^T dy, a>. The rows of all experts go through one grouped product where that is
-    fast (see has_grouped_mm), else expert by expert, whose few rows then stay in the processor's cache throughout.
+    x (N, D); weights, token, slot and offsets as Routing has them; matrices W_in, W_out of each width in turn. Autograd
+    would keep the gathered rows, the activation and every expert's output. Written by hand, only x, the pre-activation
+    h and the weights stay (without keep not even h): the rest is cheap to make again, and a combine weight's gradient
+    needs no output, since <dy, W_out a> = <W_out^T dy, a>.
     """
+    at_once = all(has_grouped_mm(x, w_out.shape[2]) for w_out in matrices[1::2])
+    return (AtOnce if at_once else OneByOne).apply(x, weights, token, slot, offsets, keep, *matrices)
+
+
+class OneByOne(torch.autograd.Function):
+    """Expert by expert: the few rows of one stay in the processor's cache from the first product to the last."""
 
     @staticmethod
     def forward(ctx, x, weights, token, slot, offsets, keep, *matrices):
-        weight, y, kept = weights.flatten()[token].unsqueeze(1).to(x.dtype), [], []    # (R, 1)
-        for rows, offs, w_in, w_out in by_width(offsets, matrices):
-            h, w2 = pre_activation(x, w_in, token, slot, rows, offs), w_out.to(x.dtype)
-            if has_grouped_mm(x, w2.shape[2]):
-                y.append(F.grouped_mm(swiglu(h, weight[rows]), w2.transpose(1, 2), offs=offs))
-            else:
-                y.append(x.new_empty(len(h), x.shape[1]))
-                for e, mine in blocks(offs):
-                    torch.mm(swiglu(h[mine], weight[rows][mine]), w2[e].t(), out=y[-1][mine])
-            kept.append(h if keep else None)
-        ctx.save_for_backward(x, weights, token, slot, offsets, *matrices, *kept)
+        weight, source = by_row(weights, x, token), token // slot.shape[1]
+        y, kept = x.new_empty(len(token), x.shape[1]), []
+        for n, rows, w1, w2 in each_expert(x, offsets, matrices):
+            h = product(x.index_select(0, source[rows]), w1)                           # (rows, 2F)
+            y[rows][:n] = product(swiglu(h, weight[rows]), w2)[:n]
+            kept += [h] if keep else []
+        ctx.save_for_backward(x, weight, token, slot, offsets, *matrices, *kept)
+        ctx.n_matrix = len(matrices)
+        return combine(y, slot)                                                        # (N, D)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, token, slot, offsets, *rest = ctx.saved_tensors
+        matrices, kept, source, dy = rest[:ctx.n_matrix], rest[ctx.n_matrix:], token // slot.shape[1], dy.to(x.dtype)
+        dx, dweight = x.new_empty(len(token), x.shape[1]), x.new_empty(len(token))
+        dmatrices = [torch.empty_like(w, dtype=x.dtype) for w in matrices]
+        dpairs = [dw for width in zip(dmatrices[::2], dmatrices[1::2]) for dw in zip(*width)]      # an expert each
+        for e, (n, rows, w1, w2) in enumerate(each_expert(x, offsets, matrices)):
+            x_e, dy_e = x.index_select(0, source[rows]), dy.index_select(0, source[rows])
+            h = kept[e] if kept else product(x_e, w1)
+            dh, a, dweight[rows] = swiglu_backward(h, product(dy_e, w2.t()), weight[rows])
+            torch.mm(dh[:n].t(), x_e[:n], out=dpairs[e][0])
+            torch.mm(dy_e[:n].t(), a[:n], out=dpairs[e][1])
+            dx[rows][:n] = product(dh, w1.t())[:n]
+        dmatrices = [dw.to(w.dtype) for dw, w in zip(dmatrices, matrices)]
+        return combine(dx, slot), dweight.float()[slot], None, None, None, None, *dmatrices
+
+
+def each_expert(x: Tensor, offsets: Tensor, matrices) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """(n, rows, W_in, W_out) of each expert: the first n of these rows are its own. Where oneDNN wants whole tiles, the
+    next expert's follow: what they yield is dropped, or overwritten by that expert."""
+    ends, start, e = offsets.tolist(), 0, 0
+    tile = TILE if AVX512 and x.dtype == torch.float32 and x.device.type == "cpu" else 1
+    for w_in, w_out in zip(matrices[::2], matrices[1::2]):
+        for w1, w2 in zip(w_in.to(x.dtype), w_out.to(x.dtype)):
+            n = ends[e] - start
+            whole = -(-n // tile) * tile
+            yield n, slice(start, start + (whole if start + whole <= ends[-1] else n)), w1, w2
+            start, e = ends[e], e + 1
+
+
+class AtOnce(torch.autograd.Function):
+    """The rows of all experts of a width in one grouped product, where that is one fast kernel (see has_grouped_mm)."""
+
+    @staticmethod
+    def forward(ctx, x, weights, token, slot, offsets, keep, *matrices):
+        weight, rows_x, y, kept = by_row(weights, x, token), gather(x, slot), [], []
+        for rows, offs, w1, w2 in by_width(x, offsets, matrices):
+            h = F.grouped_mm(rows_x[rows], w1.transpose(1, 2), offs=offs)              # (R, 2F)
+            y.append(F.grouped_mm(swiglu(h, weight[rows]), w2.transpose(1, 2), offs=offs))
+            kept += [h] if keep else []
+        ctx.save_for_backward(x, weight, slot, offsets, *matrices, *kept)
+        ctx.n_matrix = len(matrices)
         return combine(joined(y), slot)                                                # (N, D)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weights, token, slot, offsets, *rest = ctx.saved_tensors
-        matrices, kept = rest[:len(rest) // 3 * 2], rest[len(rest) // 3 * 2:]
-        weight, source = weights.flatten()[token].unsqueeze(1).to(x.dtype), token // slot.shape[1]
-        dx, dweight, dmatrices, dy = [], [], [], dy.to(x.dtype)
-        for (rows, offs, w_in, w_out), h in zip(by_width(offsets, matrices), kept):
-            h = pre_activation(x, w_in, token, slot, rows, offs) if h is None else h
-            w1, w2 = w_in.to(x.dtype), w_out.to(x.dtype)
-            if has_grouped_mm(x, w2.shape[2]):
-                dy_rows = gather(dy, slot)[rows]
-                dh, a, dw = swiglu_backward(h, F.grouped_mm(dy_rows, w2, offs=offs), weight[rows])
-                dw1 = F.grouped_mm(dh.t(), gather(x, slot)[rows], offs=offs)                           # (E, 2F, D)
-                dw2 = F.grouped_mm(dy_rows.t(), a, offs=offs)                                          # (E, D, F)
-                dx_rows = F.grouped_mm(dh, w1, offs=offs)                                              # (R, D)
-            else:
-                dx_rows, dw = x.new_empty(len(h), x.shape[1]), x.new_empty(len(h))
-                dw1, dw2, w, tokens = torch.empty_like(w1), torch.empty_like(w2), weight[rows], source[rows]
-                for e, mine in blocks(offs):
-                    dy_e = dy.index_select(0, tokens[mine])
-                    dh, a, dw[mine] = swiglu_backward(h[mine], dy_e @ w2[e], w[mine])
-                    torch.mm(dh.t(), x.index_select(0, tokens[mine]), out=dw1[e])
-                    torch.mm(dy_e.t(), a, out=dw2[e])
-                    torch.mm(dh, w1[e], out=dx_rows[mine])
-            dx.append(dx_rows)
+        x, weight, slot, offsets, *rest = ctx.saved_tensors
+        matrices, kept = rest[:ctx.n_matrix], rest[ctx.n_matrix:]
+        dx, dweight, dmatrices, rows_x, rows_dy = [], [], [], gather(x, slot), gather(dy.to(x.dtype), slot)
+        for i, (rows, offs, w1, w2) in enumerate(by_width(x, offsets, matrices)):
+            h = kept[i] if kept else F.grouped_mm(rows_x[rows], w1.transpose(1, 2), offs=offs)
+            dh, a, dw = swiglu_backward(h, F.grouped_mm(rows_dy[rows], w2, offs=offs), weight[rows])
+            dmatrices += [F.grouped_mm(dh.t(), rows_x[rows], offs=offs),                               # (E, 2F, D)
+                          F.grouped_mm(rows_dy[rows].t(), a, offs=offs)]                               # (E, D, F)
+            dx.append(F.grouped_mm(dh, w1, offs=offs))                                                 # (R, D)
             dweight.append(dw)
-            dmatrices += [dw1.to(w_in.dtype), dw2.to(w_out.dtype)]
-        return combine(joined(dx), slot), joined(dweight).to(weights.dtype)[slot], None, None, None, None, *dmatrices
+        dmatrices = [dw.to(w.dtype) for dw, w in zip(dmatrices, matrices)]
+        return combine(joined(dx), slot), joined(dweight).float()[slot], None, None, None, None, *dmatrices
 
 
-@torch.compiler.disable
-def experts(*inputs) -> Tensor:
-    """Experts, out of torch.compile's sight: fused by hand already, and the rows of an expert change at every step."""
-    return Experts.apply(*inputs)
-
-
-def by_width(offsets: Tensor, matrices) -> list[tuple[slice, Tensor, Tensor, Tensor]]:
+def by_width(x: Tensor, offsets: Tensor, matrices) -> list[tuple[slice, Tensor, Tensor, Tensor]]:
     """(its rows, the offsets of its experts within them, W_in, W_out) of each width. One width owns every row;
     several cost a wait for the GPU, since where one ends is known only there."""
+    matrices = [w.to(x.dtype) for w in matrices]
     if len(matrices) == 2:
         return [(slice(None), offsets, *matrices)]
     parts, first, start = [], 0, 0
-    for w_in, w_out in zip(matrices[::2], matrices[1::2]):
-        mine = offsets[first:first + len(w_in)]
+    for w1, w2 in zip(matrices[::2], matrices[1::2]):
+        mine = offsets[first:first + len(w1)]
         end = int(mine[-1])
-        parts.append((slice(start, end), mine - start, w_in, w_out))
-        first, start = first + len(w_in), end
+        parts.append((slice(start, end), mine - start, w1, w2))
+        first, start = first + len(w1), end
     return parts
+
+
+def by_row(weights: Tensor, x: Tensor, token: Tensor) -> Tensor:
+    """The combine weight of each row (R, 1), in x's precision."""
+    return weights.flatten()[token].unsqueeze(1).to(x.dtype)
 
 
 def joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def pre_activation(x: Tensor, w_in: Tensor, token: Tensor, slot: Tensor, rows: slice, offsets: Tensor) -> Tensor:
-    """h (rows, 2F): these rows of x (N, D), in expert order, each through the first matrix of its expert."""
-    w1 = w_in.to(x.dtype)
-    if has_grouped_mm(x, w_in.shape[1] // 2):
-        return F.grouped_mm(gather(x, slot)[rows], w1.transpose(1, 2), offs=offsets)
-    source = token[rows] // slot.shape[1]                                              # (rows,) the token of each
-    h = x.new_empty(len(source), w1.shape[1])
-    for e, mine in blocks(offsets):
-        torch.mm(x.index_select(0, source[mine]), w1[e].t(), out=h[mine])
-    return h
 
 
 def swiglu(h: Tensor, weight: Tensor) -> Tensor:
@@ -609,14 +672,6 @@ def has_grouped_mm(x: Tensor, width: int) -> bool:
     aligned = x.shape[1] % 8 == 0 and width % 8 == 0                   # it wants rows of whole 16 bytes
     return (aligned and x.is_cuda and x.dtype == torch.bfloat16
             and torch.cuda.get_device_capability(x.device) >= (9, 0))
-
-
-def blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows)."""
-    start = 0
-    for e, end in enumerate(offsets.tolist()):
-        yield e, slice(start, end)
-        start = end
 
 
 class Block(nn.Module):
@@ -757,7 +812,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.zeros(weight.shape, device=x.device) if for_weight else None
         for start in range(0, n, step):
             rows = slice(start, start + step)
-            logits = (x[rows] @ w.t()).float()                                   # (step, V)
+            logits = product(x[rows], w).float()                                  # (step, V)
             target = targets[rows, None]
             lse = logits.logsumexp(-1, keepdim=True)
             total += (lse - logits.gather(1, target)).sum()
@@ -766,7 +821,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))            # minus one_hot
                 p = (p / n).to(x.dtype)
                 if for_x:
-                    dx[rows] = p @ w
+                    dx[rows] = product(p, w.t())
                 if for_weight:
                     dweight += p.t() @ x[rows]
         ctx.grads = dx, dweight

@@ -30,6 +30,7 @@ Exit codes: 0 done, or interrupted and saved; 2 bad input; 3 diverged. A sweep: 
 import argparse
 import ast
 import csv
+import ctypes
 import glob
 import gzip
 import hashlib
@@ -611,6 +612,16 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def keep_freed_memory() -> None:
+    """Stop glibc from giving freed memory back to the kernel, to get it again, zeroed page by page, at the next step.
+
+    On a CPU that takes 1 to 13% of a step: most where tensors pass the 32 MB over which glibc gives back at once.
+    """
+    mallopt, trim_threshold, mmap_max = getattr(ctypes.CDLL(None), "mallopt", None), -1, -4             # see malloc.h
+    if mallopt:
+        mallopt(trim_threshold, -1), mallopt(mmap_max, 0)
+
+
 class DoesNotFit(BadInput):
     """The run needs more memory than there is."""
 
@@ -679,6 +690,7 @@ def train(config: Config) -> int:
         print(f"{config.out_dir} is finished after {last} steps; --overwrite starts anew")
         return 0
 
+    keep_freed_memory()
     model, optimizer = build(config, state, given)
     start, seconds, skipped = (state[name] for name in ("step", "seconds", "skipped")) if state else (0, 0.0, 0)
     if state:

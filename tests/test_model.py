@@ -10,7 +10,6 @@ import torch.nn.functional as F
 import model as m
 from model import (
     BadInput,
-    Experts,
     LinearCrossEntropy,
     Model,
     ModelConfig,
@@ -233,20 +232,53 @@ def experts_by_double_loop(x, weights, w_in, w_out, experts):
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("n, k, e", [(7, 3, 5), (1, 1, 2), (33, 4, 4), (6, 2, 16)])
 def test_the_expert_layer_is_the_double_loop_forward_and_in_every_gradient(n, k, e, keep):
+    compare_with_double_loop(n, k, e, 6, 5, torch.float64, keep)
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("n, k, e", [(64, 4, 4), (50, 3, 5), (33, 1, 2), (4, 2, 16)])
+def test_the_expert_layer_in_whole_tiles_is_the_double_loop_too(n, k, e, keep):
+    compare_with_double_loop(n, k, e, m.TILE, 2 * m.TILE, torch.float32, keep)           # oneDNN's on an AVX-512 machine
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("n, k, e", [(64, 4, 4), (50, 3, 5), (4, 2, 16)])
+def test_the_expert_layer_at_once_is_the_double_loop_too(n, k, e, keep, monkeypatch):
+    monkeypatch.setattr(m, "has_grouped_mm", lambda x, width: True)                      # a CPU can, slowly
+    monkeypatch.delattr(m.OneByOne, "apply")
+    compare_with_double_loop(n, k, e, 16, 8, torch.float32, keep)
+
+
+def compare_with_double_loop(n, k, e, d_model, width, dtype, keep):
     from router import place
     torch.manual_seed(0)
-    inputs = [torch.randn(n, 6, dtype=torch.float64), torch.rand(n, k), torch.randn(e, 10, 6, dtype=torch.float64),
-              torch.randn(e, 6, 5, dtype=torch.float64)]
-    experts = torch.stack([torch.randperm(e)[:k] for _ in range(n)]).int()
-    _, offsets, slot, token = place(experts, e)
-    a, b = ([t.clone().requires_grad_() for t in inputs] for _ in range(2))
-    y = Experts.apply(*a[:2], token, slot, offsets, keep, *a[2:])
-    expected = experts_by_double_loop(*b, experts)
-    torch.testing.assert_close(y, expected)
+    inputs = [torch.randn(n, d_model, dtype=dtype), torch.rand(n, k), torch.randn(e, 2 * width, d_model, dtype=dtype),
+              torch.randn(e, d_model, width, dtype=dtype)]
+    chosen = torch.stack([torch.randperm(e)[:k] for _ in range(n)]).int()
+    _, offsets, slot, token = place(chosen, e)
+    a, b = ([t.to(t.dtype if i == 1 else kind, copy=True).requires_grad_() for i, t in enumerate(inputs)]
+            for kind in (dtype, torch.float64))
+    y = m.experts(*a[:2], token, slot, offsets, keep, *a[2:])
+    expected = experts_by_double_loop(*b, chosen)
     dy = torch.randn_like(y)
-    y.backward(dy), expected.backward(dy)
+    y.backward(dy), expected.backward(dy.double())
+    tolerance = dict(rtol=1e-4, atol=2e-4) if dtype == torch.float32 else {}
+    torch.testing.assert_close(y, expected.to(dtype), **tolerance)
     for ours, theirs in zip(a, b):
-        torch.testing.assert_close(ours.grad, theirs.grad)
+        torch.testing.assert_close(ours.grad, theirs.grad.to(ours.dtype), **tolerance)
+
+
+@pytest.mark.parametrize("n", [1, 16, 37, 48])
+def test_linear_is_torchs_and_so_are_its_gradients_in_whole_tiles_or_not(n):
+    torch.manual_seed(0)
+    x, w, dy = torch.randn(2, n, 32), torch.randn(48, 32), torch.randn(2, n, 48)
+    assert m.has_onednn(x[0], w) == (m.AVX512 and n % 16 == 0)
+    a, b = ([x.clone().requires_grad_(), w.clone().requires_grad_()] for _ in range(2))
+    ours, theirs = m.linear(*a), F.linear(*b)
+    torch.testing.assert_close(ours, theirs)
+    ours.backward(dy), theirs.backward(dy)
+    for mine, other in zip(a, b):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_rope_turns_the_first_pair_by_the_position_and_keeps_lengths():
