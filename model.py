@@ -278,14 +278,18 @@ def onednn(x: Tensor, w: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 
 
+def keep_both(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
 def linear_backward(ctx, dy):
     x, w = ctx.saved_tensors
-    return product(dy, w.t()), dy.t() @ x
+    return product(dy, w.t()), dy.t() @ x                   # oneDNN would first turn dy: no gain
 
 
 onednn_linear = torch.library.custom_op("moe::linear", onednn, mutates_args=())     # for autograd and torch.compile
 onednn_linear.register_fake(lambda x, w: x.new_empty(len(x), len(w)))
-onednn_linear.register_autograd(linear_backward, setup_context=lambda ctx, inputs, y: ctx.save_for_backward(*inputs))
+onednn_linear.register_autograd(linear_backward, setup_context=keep_both)
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
