@@ -692,6 +692,7 @@ def is_oom(done) -> bool:
 def memory_cell() -> None:
     """Training steps of the config on stdin; prints the peak, less what Python and torch took before the model."""
     config = Config(**json.loads(sys.stdin.read()))
+    keep_freed_memory()
     tokens = torch.randint(0, config.vocab_size, (config.micro_batch, config.seq_len + 1), device=DEVICE)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     base = 0 if GPU else resident()
@@ -853,12 +854,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", help="the same file, by name")
     parser.add_argument("--peers", action="store_true", help="also time transformers, liger-kernel and torchtitan")
     parser.add_argument("--json", help="write the results here, and a figure beside it")
+    parser.add_argument("--keep_memory", action="store_true", help="as train.py does on a CPU; the peers gain, too")
     parser.add_argument("--cell", help="memory: only this batch,context, such as 1,512")
     parser.add_argument("--estimate", action="store_true", help="memory: run nothing, estimate in bfloat16")
     parser.add_argument("--batch_tokens", type=int, help="hardware: tokens a step (default: the config's)")
     parser.add_argument("--card", action="append", help='hardware: also this card, "name,GB,GB/s,TFLOP/s"')
     args = parser.parse_intermixed_args(argv)
-    keep_freed_memory()                                   # as training does; the peers gain by it as well
+    if args.keep_memory:
+        keep_freed_memory()
     if args.what == "draw":
         require(bool(args.file) and Path(args.file).is_file(), "draw needs the path of a JSON that bench.py wrote")
         return draw(args.file)

@@ -258,7 +258,13 @@ CARDS = {  # the vendors' data sheets. The bfloat16 rate of the 4060 and 4070 is
 }
 
 
-# --- the parts ------------------------------------------------------------------------------------------------------
+# --- matrix products: which library on a CPU, nothing else ----------------------------------------------------------
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The precision matrix products run in: autocast's where it is on, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 TILE = 16            # sizes that oneDNN is given are multiples of it
@@ -270,7 +276,7 @@ def has_onednn(x: Tensor, w: Tensor) -> bool:
 
     Both are in torch, and oneDNN is up to twice as fast there. It compiles a kernel a shape, so it gets whole tiles.
     """
-    return (AVX512 and x.dtype == w.dtype == torch.float32 and x.device.type == "cpu"
+    return (AVX512 and compute_dtype(x) == w.dtype == torch.float32 and x.device.type == "cpu"
             and all(n > 0 and n % TILE == 0 for n in (*x.shape, len(w))))
 
 
@@ -303,6 +309,9 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
     """F.linear, x (..., i) @ w (o, i).T, by the faster library."""
     flat = x.flatten(0, -2)
     return onednn_linear(flat, w).unflatten(0, x.shape[:-1]) if has_onednn(flat, w) else F.linear(x, w)
+
+
+# --- the parts ------------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -498,12 +507,6 @@ def one_token(x: Tensor, weights: list[float], experts: list[int], *matrices: Te
     return y
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The precision matrix products run in: autocast's where it is on, else x's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 @torch.compiler.disable           # fused by hand already, and the rows of an expert change at every step
 def experts(x: Tensor, weights: Tensor, token: Tensor, slot: Tensor, offsets: Tensor, keep: bool, *matrices) -> Tensor:
     """y[n] = sum_k weight[n, k] W_out[e] (silu(g) * u), with (g, u) = W_in[e] x[n] and e the k-th expert of token n.
@@ -551,13 +554,14 @@ class OneByOne(torch.autograd.Function):
 
 
 def each_expert(x: Tensor, offsets: Tensor, matrices) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """(n, rows, W_in, W_out) of each expert: the first n of these rows are its own. Where oneDNN wants whole tiles, the
-    next expert's follow: what they yield is dropped, or overwritten by that expert."""
+    """(n, rows, W_in, W_out) of each expert: the first n of these rows are its own. For oneDNN, which wants few shapes,
+    up to n / 16 rows of the next experts follow: what they yield is dropped, or overwritten by those experts."""
     ends, start, e = offsets.tolist(), 0, 0
-    tile = TILE if AVX512 and x.dtype == torch.float32 and x.device.type == "cpu" else 1
+    tiled = AVX512 and x.dtype == torch.float32 and not x.is_cuda
     for w_in, w_out in zip(matrices[::2], matrices[1::2]):
         for w1, w2 in zip(w_in.to(x.dtype), w_out.to(x.dtype)):
             n = ends[e] - start
+            tile = 1 << max(4, n.bit_length() - 5) if tiled else 1                     # 16 to 511 rows: 16
             whole = -(-n // tile) * tile
             yield n, slice(start, start + (whole if start + whole <= ends[-1] else n)), w1, w2
             start, e = ends[e], e + 1

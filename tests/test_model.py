@@ -238,7 +238,7 @@ def test_the_expert_layer_is_the_double_loop_forward_and_in_every_gradient(n, k,
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("n, k, e", [(64, 4, 4), (50, 3, 5), (33, 1, 2), (4, 2, 16)])
 def test_the_expert_layer_in_whole_tiles_is_the_double_loop_too(n, k, e, keep):
-    compare_with_double_loop(n, k, e, m.TILE, 2 * m.TILE, torch.float32, keep)           # oneDNN's on an AVX-512 machine
+    compare_with_double_loop(n, k, e, m.TILE, 2 * m.TILE, torch.float32, keep)           # oneDNN's with AVX-512
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
@@ -279,6 +279,12 @@ def test_linear_is_torchs_and_so_are_its_gradients_in_whole_tiles_or_not(n):
     ours.backward(dy), theirs.backward(dy)
     for mine, other in zip(a, b):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_linear_obeys_autocast():
+    x, w = torch.randn(16, 32), torch.randn(48, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(m.linear(x, w), F.linear(x, w), rtol=0, atol=0)
 
 
 def test_rope_turns_the_first_pair_by_the_position_and_keeps_lengths():
