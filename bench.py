@@ -1,7 +1,7 @@
 """
 bench.py: how fast, how large, against whom, and how far from the floor?
 
-    python bench.py [route|layer|loss|step|decode|memory|hardware|all] [FILE] [--peers] [--json results/NAME.json]
+    python bench.py [route|layer|product|loss|step|decode|memory|hardware|all] [FILE] [--peers] [--json results/X.json]
 
 Every table names its conditions. Every time is a median over rounds in which the candidates take turns (A B C A B C),
 so that a machine that slows down slows all of them; the spread is the range of the middle half. Every ratio compares
@@ -12,6 +12,7 @@ it could cost: its bytes through a plain copy, or its matrix products and attent
     layer    the expert layer: balanced, skewed, all to the same K;     floor: its matrix products
              8, 32 and 128 experts at one active size; the dense twin;
              the whole layer, with its router
+    product  one matrix product by torch.mm and by oneDNN
     loss     the head and cross-entropy, without the logits             floor: its three matrix products
     step     a whole optimizer step, tokens/s                           floor: its matrix products and attention
     decode   load time and tokens/s, batch 1 and 16                     floor: reading the active weights once a token
@@ -22,6 +23,7 @@ it could cost: its bytes through a plain copy, or its matrix products and attent
 FILE is a config (also --config FILE). Of a sweep file, decode ranks every architecture and memory takes every cell.
 --peers adds, with the same weights, transformers' Qwen3-MoE in each of its expert implementations (step, decode), and,
 on a GPU, torchtitan's MoE (layer) and liger-kernel's experts and loss (layer, loss); one that is missing is named.
+--keep_memory times everything under train.py's way with freed memory (a CPU's; see keep_freed_memory there).
 Figures are drawn from the JSON alone: `python bench.py draw results/NAME.json`.
 """
 
@@ -57,7 +59,9 @@ from model import (
     count,
     experts,
     generate,
+    has_onednn,
     memory,
+    onednn,
     parameter_groups,
     product,
     require,
@@ -342,6 +346,33 @@ def expert_products(rows: int, d: int, width: int, e: int) -> Callable:
                 torch.mm(p.t(), q, out=out)
 
     return run
+
+
+# --- product --------------------------------------------------------------------------------------------------------
+
+
+PRODUCTS = {  # (n, i) @ (o, i).T: the products of the two CPU steps below
+    "queries, keys, values": (4096, 256, 512), "first of an expert of 16": (1024, 256, 384),
+    "second of an expert of 16": (1024, 192, 256), "first of an expert of 128": (256, 256, 192),
+    "second of an expert of 128": (256, 96, 256),
+}
+
+
+def bench_product(args) -> dict:
+    """The two libraries a CPU's products can go to, on the shapes of a training step: see model.has_onednn."""
+    rows = []
+    for name, (n, i, o) in PRODUCTS.items():
+        x, w = torch.randn(n, i, device=DEVICE, dtype=DTYPE), torch.randn(o, i, device=DEVICE, dtype=DTYPE)
+        candidates = {"torch.mm": lambda x=x, w=w: torch.mm(x, w.t())}
+        if has_onednn(x, w):
+            candidates["oneDNN"] = lambda x=x, w=w: onednn(x, w)
+            compare(name, candidates["torch.mm"](), candidates["oneDNN"](), 1e-5)
+        times = take_turns(candidates, 1.0)
+        plain = statistics.median(times["torch.mm"])
+        rows += [row(f"{name}, {library}", t, gflops=2 * n * i * o / statistics.median(t) / 1e9,
+                     speedup_over_mm=plain / statistics.median(t)) for library, t in times.items()]
+    print_rows("product", rows, ["seconds", "spread", "gflops", "speedup_over_mm"])
+    return {"rows": rows}
 
 
 # --- loss -----------------------------------------------------------------------------------------------------------
@@ -806,7 +837,7 @@ def draw(path: str) -> None:
 
 def draw_table(axis, kind: str, part: dict) -> None:
     rows, names = part["rows"], [r["name"] + (f", {r['gb']:g} GB" if "gb" in r else "") for r in part["rows"]]
-    key = next(key for key in ("tokens", "tokens_per_s", "rows_per_s", "measured", "estimate", "seconds")
+    key = next(key for key in ("tokens", "tokens_per_s", "rows_per_s", "gflops", "measured", "estimate", "seconds")
                if any(r.get(key) is not None for r in rows))
     peers = ("transformers", "liger", "torchtitan", "plain", "floor")
     left = 256 if key == "tokens" else 0                                      # a logarithmic axis starts somewhere
@@ -843,8 +874,8 @@ def bar_text(r: dict, key: str) -> str:
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
-BENCHMARKS = {"route": bench_route, "layer": bench_layer, "loss": bench_loss, "step": bench_step,
-              "decode": bench_decode, "memory": bench_memory, "hardware": bench_hardware}
+BENCHMARKS = {"route": bench_route, "layer": bench_layer, "product": bench_product, "loss": bench_loss,
+              "step": bench_step, "decode": bench_decode, "memory": bench_memory, "hardware": bench_hardware}
 
 
 def main(argv: list[str]) -> None:

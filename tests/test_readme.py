@@ -49,6 +49,42 @@ def test_the_losses_it_quotes_are_those_of_the_committed_runs():
         assert f"{result['n_total'] / 1e6:.2f}M" in row and f"{result['n_active'] / 1e6:.2f}M" in row
 
 
+def rows_of(name: str) -> list[dict]:
+    """The rows of a benchmark's tables, each table's in a dict by name."""
+    benchmarks = json.loads((ROOT / "results" / f"{name}.json").read_text())["benchmarks"]
+    return [{r["name"]: r for r in part["rows"]}
+            for data in benchmarks.values() for part in data.get("results", [data])]
+
+
+def test_the_speeds_it_quotes_are_those_of_the_committed_benchmarks():
+    cells = {}
+    for file in ("step_cpu", "step_keep_memory_cpu"):
+        kept = ", freed memory kept" if "keep" in file else ""
+        for name, table in zip(("16 experts of 192, top-4", "128 experts of 96, top-8"), rows_of(file)):
+            cells[f"training step, {name}{kept}"] = table
+    for batch in (1, 16):
+        cells[f"decoding, greedy, batch {batch}"] = {
+            name.removesuffix(f", batch {batch}"): r for name, r in rows_of("decode_cpu")[0].items()
+            if name.endswith(f"batch {batch}")}
+    for label, table in cells.items():
+        speed = {name: r["tokens_per_s"] for name, r in table.items()}
+        three = {name: s for name, s in speed.items() if name.startswith("transformers") and "compiled" not in name}
+        best = max(three, key=three.get)
+        compiled = speed.get("transformers grouped_mm, compiled")
+        expected = [f"{speed['ours']:,.0f}", f"{speed['ours, compiled']:,.0f}",
+                    f"{three[best]:,.0f} ({best.split()[1]})", f"{compiled:,.0f}" if compiled else "-",
+                    f"{speed['ours'] / three[best]:.2f}", f"{speed['ours, compiled'] / three[best]:.2f}",
+                    f"{speed['ours, compiled'] / compiled:.2f}" if compiled else "-"]
+        assert f"| {label} | {' | '.join(expected)} |" in README, (label, expected)
+    for name, r in rows_of("layer_cpu")[0].items():
+        if name[:2] in ("E=", "de"):
+            assert f"| {name} | {r['rows_per_s']:,.0f} | {r['share_of_floor']:.0%} |" in README, name
+    for name, r in rows_of("product_cpu")[0].items():
+        if name.endswith("oneDNN"):
+            shape, mm = name.removesuffix(", oneDNN"), rows_of("product_cpu")[0][name.replace("oneDNN", "torch.mm")]
+            assert f"| {shape} | {mm['gflops']:.0f} | {r['gflops']:.0f} | {r['speedup_over_mm']:.2f} |" in README, name
+
+
 def test_the_sizes_of_the_five_architectures_are_what_count_counts():
     rows = re.findall(r"^\| (large-[\w.-]+) \| (\d+) \| (\d+) \| (\d+) x (\d+) \((\d+)\) \| (\d+), (\d+), (\d+) \| "
                       r"([\d,]+)M \| ([\d,]+)M \| ([\d,]+)M \|$", README, re.M)
