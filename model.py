@@ -272,10 +272,8 @@ AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_cap
 
 
 def has_onednn(x: Tensor, w: Tensor) -> bool:
-    """Where oneDNN multiplies, not torch.mm: on AMD's processors torch.mm (MKL) leaves half of the AVX-512 units idle.
-
-    Both are in torch, and oneDNN is up to twice as fast there. It compiles a kernel a shape, so it gets whole tiles.
-    """
+    """Where oneDNN multiplies, not MKL (torch.mm): both are in torch, and on an AMD processor with AVX-512 oneDNN is
+    twice as fast (results/product_cpu.json). It compiles a kernel for each shape, so it gets whole tiles alone."""
     return (AVX512 and compute_dtype(x) == w.dtype == torch.float32 and x.device.type == "cpu"
             and all(n > 0 and n % TILE == 0 for n in (*x.shape, len(w))))
 
