@@ -31,6 +31,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -49,7 +50,6 @@ import torch.nn.functional as F
 
 from model import (
     CARDS,
-    BadInput,
     Card,
     Dense,
     LinearCrossEntropy,
@@ -452,7 +452,7 @@ def step_of(name: str, config: ModelConfig, batch: int, peers: bool) -> dict:
     steps = {"ours": ours_step(ours, config, x, y)}
     twin = Model(config).init_weights(0).to(DEVICE)
     steps["ours, compiled"] = ours_step(twin, config, x, y, torch.compile(twin, dynamic=False))
-    if peers:
+    if peers and has_transformers():
         steps |= transformers_steps(ours, tokens, config)
     steps["floor: products + attention"] = model_products(config, batch)
     times = take_turns(steps, 20.0)
@@ -485,12 +485,17 @@ def ours_step(model: Model, config: ModelConfig, x, y, call: Callable | None = N
 EXPERT_KINDS = ("eager", "batched_mm", "grouped_mm")
 
 
+def has_transformers() -> bool:
+    """Whether it is installed; if not, says so."""
+    found = importlib.util.find_spec("transformers") is not None
+    if not found:
+        print("transformers is left out: not installed (pip install -r requirements-dev.txt)")
+    return found
+
+
 def transformers_model(ours: Model, kind: str):
-    """transformers' Qwen3-MoE with our weights and one of its expert implementations; BadInput if not installed."""
-    try:
-        import transformers
-    except ImportError:
-        raise BadInput("transformers is not installed: pip install transformers") from None
+    """transformers' Qwen3-MoE with our weights and one of its expert implementations."""
+    import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
@@ -571,7 +576,7 @@ def bench_decode(args) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         to_hf(ours, folder)
         load = {"ours": statistics.median(take_turns({"load": lambda: load_ours(folder)}, 1.0)["load"])}
-    theirs = transformers_model(ours, "eager").to(DTYPE).eval() if args.peers else None
+    theirs = transformers_model(ours, "eager").to(DTYPE).eval() if args.peers and has_transformers() else None
     rate, active = copy_rate(), count(config)["active"] * DTYPE.itemsize
     for batch in (1, 16):
         prompt = torch.randint(0, config.vocab_size, (batch, 16), device=DEVICE)

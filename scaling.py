@@ -995,6 +995,7 @@ def plan(args) -> dict:
           "bends beyond its runs.\ntrain.py runs on one GPU: more of them cut the days only if you split its batches.")
     if args.write:
         write_config(args.write, result, config, dtype, args.command)
+        print(f"wrote {args.write}: give it a dataset and a tokenizer before you train it")
     return result | {"rows": rows}
 
 
