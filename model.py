@@ -288,7 +288,7 @@ def keep_both(ctx, inputs, output):
 
 def linear_backward(ctx, dy):
     x, w = ctx.saved_tensors
-    return product(dy, w.t()), dy.t() @ x                   # oneDNN would first turn dy: no gain
+    return linear(dy, w.t()), dy.t() @ x                    # oneDNN would first turn dy: no gain
 
 
 onednn_linear = torch.library.custom_op("moe::linear", onednn, mutates_args=())     # for autograd and torch.compile
@@ -304,7 +304,7 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
-    """F.linear, x (..., i) @ w (o, i).T, by the faster library."""
+    """F.linear, x (n, ..., i) @ w (o, i).T, by the faster library."""
     flat = x.flatten(0, -2)
     return onednn_linear(flat, w).unflatten(0, x.shape[:-1]) if has_onednn(flat, w) else F.linear(x, w)
 
@@ -553,13 +553,14 @@ class OneByOne(torch.autograd.Function):
 
 def each_expert(x: Tensor, offsets: Tensor, matrices) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
     """(n, rows, W_in, W_out) of each expert: the first n of these rows are its own. For oneDNN, which wants few shapes,
-    up to n / 16 rows of the next experts follow: what they yield is dropped, or overwritten by those experts."""
+    rows of the next experts may follow, up to 15 or a sixteenth of n: what they yield is dropped, or overwritten."""
     ends, start, e = offsets.tolist(), 0, 0
-    tiled = AVX512 and x.dtype == torch.float32 and not x.is_cuda
+    on_cpu = AVX512 and x.dtype == torch.float32 and not x.is_cuda
     for w_in, w_out in zip(matrices[::2], matrices[1::2]):
+        tiled = on_cpu and x.shape[1] % TILE == 0 and w_out.shape[2] % TILE == 0
         for w1, w2 in zip(w_in.to(x.dtype), w_out.to(x.dtype)):
             n = ends[e] - start
-            tile = 1 << max(4, n.bit_length() - 5) if tiled else 1                     # 16 to 511 rows: 16
+            tile = 1 << max(4, n.bit_length() - 5) if tiled and n >= 8 else 1          # 8 to 511 rows: 16
             whole = -(-n // tile) * tile
             yield n, slice(start, start + (whole if start + whole <= ends[-1] else n)), w1, w2
             start, e = ends[e], e + 1

@@ -281,6 +281,18 @@ def test_linear_is_torchs_and_so_are_its_gradients_in_whole_tiles_or_not(n):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_linear_has_second_derivatives():
+    torch.manual_seed(0)
+    inputs = [torch.randn(16, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)]
+
+    def second(f):
+        first, = torch.autograd.grad((f(*inputs) ** 2).sum(), inputs[0], create_graph=True)
+        return torch.autograd.grad((first ** 2).sum(), inputs)
+
+    for ours, theirs in zip(second(m.linear), second(F.linear)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-2)
+
+
 def test_linear_obeys_autocast():
     x, w = torch.randn(16, 32), torch.randn(48, 32)
     with torch.autocast("cpu", torch.bfloat16):
