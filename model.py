@@ -304,8 +304,11 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
-    """F.linear, x (n, ..., i) @ w (o, i).T, by the faster library."""
+    """F.linear, x (n, ..., i) @ w (o, i).T, by the faster library, or none: torch.compile fuses a single row's product
+    with what is around it, and calls to a library cost more than that."""
     flat = x.flatten(0, -2)
+    if len(flat) == 1 and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return (x.unsqueeze(-2) * w).sum(-1)
     return onednn_linear(flat, w).unflatten(0, x.shape[:-1]) if has_onednn(flat, w) else F.linear(x, w)
 
 
@@ -360,15 +363,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the tokens read so far, (L, B, H_kv, length, d_head) each: a new token costs one step.
+    """Keys and values of the tokens read so far, a (B, H_kv, length, d_head) tensor a layer: a token costs one step.
 
     `used` counts them. Once it is a tensor (see Decoder) every step has the same shapes: a token attends to the whole
-    buffer, and a mask hides what is not written yet.
+    buffer, and a mask hides what is not written yet. One tensor for all layers would be copied whole at every step,
+    since torch.compile writes in place only into what it is given, not into a part of it.
     """
 
     def __init__(self, config: ModelConfig, batch: int, length: int, device, dtype):
-        shape = (config.n_layer, batch, config.n_kv_head, length, config.d_head)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        shape = (batch, config.n_kv_head, length, config.d_head)
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+                          for _ in range(2))
         self.used: int | Tensor = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -405,8 +410,21 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.append(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)
+        if torch.compiler.is_compiling() and T == 1 and mask is not None:
+            y = attend_one(q, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)
         return linear(y.transpose(1, 2).reshape(B, T, -1), self.out.weight)
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d_head)) v for one token a sequence, q (B, H, 1, d_head), over a whole buffer, k and v
+    (B, H_kv, length, d_head), of which seen (1, length) is written. For torch.compile: a few loops, where a library
+    would first repeat k and v for every query head."""
+    query = q.unflatten(1, (k.shape[1], -1)).float()                                   # (B, H_kv, H / H_kv, 1, d_head)
+    scores = (query * k.unsqueeze(2)).sum(-1) * q.shape[-1] ** -0.5                    # (B, H_kv, H / H_kv, length)
+    p = scores.where(seen, -math.inf).softmax(-1)
+    return (p.unsqueeze(-1) * v.unsqueeze(2)).sum(-2, keepdim=True).flatten(1, 2).to(q.dtype)
 
 
 class Dense(nn.Module):
@@ -514,7 +532,8 @@ def experts(x: Tensor, weights: Tensor, token: Tensor, slot: Tensor, offsets: Te
     h and the weights stay (without keep not even h): the rest is cheap to make again, and a combine weight's gradient
     needs no output, since <dy, W_out a> = <W_out^T dy, a>.
     """
-    at_once = all(has_grouped_mm(x, w_out.shape[2]) for w_out in matrices[1::2])
+    rows = len(token) / len(offsets)                                                   # of an expert, on average
+    at_once = all(has_grouped_mm(x, w_out.shape[2], rows) for w_out in matrices[1::2])
     return (AtOnce if at_once else OneByOne).apply(x, weights, token, slot, offsets, keep, *matrices)
 
 
@@ -567,7 +586,7 @@ def each_expert(x: Tensor, offsets: Tensor, matrices) -> Iterator[tuple[int, sli
 
 
 class AtOnce(torch.autograd.Function):
-    """The rows of all experts of a width in one grouped product, where that is one fast kernel (see has_grouped_mm)."""
+    """The rows of all experts of a width in one grouped product, where that is faster (see has_grouped_mm)."""
 
     @staticmethod
     def forward(ctx, x, weights, token, slot, offsets, keep, *matrices):
@@ -674,11 +693,13 @@ def swiglu_bwd(h, weight, da, dh, a, dweight, width, BLOCK: constexpr):
     tl.store(dh + row * 2 * width + width + f, (d * w * silu).to(dh.dtype.element_ty), f < width)
 
 
-def has_grouped_mm(x: Tensor, width: int) -> bool:
-    """grouped_mm is one fast kernel for bf16 from Hopper on; elsewhere a loop of mm over contiguous rows beats it."""
+def has_grouped_mm(x: Tensor, width: int, rows: float) -> bool:
+    """On a GPU grouped_mm is one fast kernel for bf16 from Hopper on. On a CPU it is a loop like ours in C++, without
+    our tiles and cache: it wins while an expert has so few rows that starting operators is what takes the time."""
     aligned = x.shape[1] % 8 == 0 and width % 8 == 0                   # it wants rows of whole 16 bytes
-    return (aligned and x.is_cuda and x.dtype == torch.bfloat16
-            and torch.cuda.get_device_capability(x.device) >= (9, 0))
+    if x.is_cuda:
+        return aligned and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return aligned and x.dtype != torch.float64 and rows <= 32
 
 
 class Block(nn.Module):
@@ -1128,7 +1149,7 @@ class Decoder:
     def __init__(self, model: Model, cache: Cache, compiled: bool):
         self.model, self.cache, self.graph = model, cache, None
         if compiled:
-            cache.used = torch.tensor(cache.used, device=cache.k.device)
+            cache.used = torch.tensor(cache.used, device=cache.k[0].device)
         self.step = compiled_step if compiled else one_step
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -1154,7 +1175,7 @@ class Decoder:
 
 
 def one_step(model: Model, tokens: Tensor, cache: Cache) -> Tensor:
-    return F.linear(model.hidden(tokens, cache)[0][:, -1], model.head_weight)          # of the last token alone
+    return linear(model.hidden(tokens, cache)[0][:, -1], model.head_weight)            # of the last token alone
 
 
 compiled_step = torch.compile(one_step, fullgraph=True, dynamic=False)
