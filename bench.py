@@ -60,13 +60,14 @@ from model import (
     experts,
     generate,
     has_onednn,
+    linear,
     memory,
     onednn,
     parameter_groups,
-    product,
     require,
     run_script,
     to_hf,
+    weight_gradient,
 )
 from router import place, route, triton
 from train import Config, free_memory, keep_freed_memory, load_config, load_runs, peak_memory
@@ -346,9 +347,9 @@ def expert_products(rows: int, d: int, width: int, e: int) -> Callable:
     def run():
         for _ in range(e):
             for p, w in ((x, w1), (a, w2), (x, w2.t()), (h, w1.t())):
-                product(p, w)
+                linear(p, w)
             for p, q, out in zip((x, h), (a, x), of_weights):
-                torch.mm(p.t(), q, out=out)
+                weight_gradient(p, q, out)
 
     return run
 
@@ -559,7 +560,7 @@ def model_products(config: ModelConfig, batch: int) -> Callable:
 
     def run():
         for a, w, b, dw in products:
-            product(a, w), product(b, w.t()), torch.mm(b.t(), a, out=dw)
+            linear(a, w), linear(b, w.t()), weight_gradient(b, a, dw)
         for _ in range(c.n_layer):
             experts()
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

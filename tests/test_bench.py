@@ -65,7 +65,7 @@ def test_the_floor_of_a_step_counts_every_matrix_product_of_the_model(monkeypatc
                                d_expert=24, vocab_size=64, seq_len=16)
     flops, mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, **out: flops.append(2 * a.numel() * b.shape[1]) or mm(a, b, **out))
-    monkeypatch.setattr(bench, "product", lambda a, w: torch.mm(a, w.t()))
+    monkeypatch.setattr(bench, "linear", lambda a, w: torch.mm(a, w.t()))
     monkeypatch.setattr(bench, "GPU", False)
     bench.model_products(config, 2)()
     tokens, sizes = 2 * 16, bench.count(config)

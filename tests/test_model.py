@@ -281,6 +281,29 @@ def test_linear_is_torchs_and_so_are_its_gradients_in_whole_tiles_or_not(n):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [512, 500])
+def test_a_large_weight_gradient_is_the_product_in_whole_tiles_or_not(n):
+    torch.manual_seed(0)
+    dy, x, out = torch.randn(n, 384), torch.randn(n, 256), torch.empty(384, 256)
+    assert m.weight_gradient(dy, x, out) is out
+    for dw in (out, m.weight_gradient(dy, x)):
+        torch.testing.assert_close(dw, dy.t() @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_rms_norm_and_its_gradients_are_torchs_whatever_the_strides():
+    torch.manual_seed(0)
+    norm = m.RMSNorm(8, 1e-3)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 6, 5, 8)[:, :, 1:4].requires_grad_()                              # as heads lie beside each other
+    dy = torch.randn(2, 3, 6, 8).transpose(1, 2)
+    ours = norm(x)
+    assert ours.grad_fn.name() == "NormalizeBackward"
+    expected = F.rms_norm(x, (8,), norm.weight, norm.eps)
+    torch.testing.assert_close(ours, expected)
+    for mine, theirs in zip(*(torch.autograd.grad(y, (x, norm.weight), dy) for y in (ours, expected))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_linear_has_second_derivatives():
     torch.manual_seed(0)
     inputs = [torch.randn(16, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)]
