@@ -294,7 +294,7 @@ def test_rms_norm_and_its_gradients_are_torchs_whatever_the_strides():
     torch.manual_seed(0)
     norm = m.RMSNorm(8, 1e-3)
     torch.nn.init.normal_(norm.weight)
-    x = torch.randn(2, 6, 5, 8)[:, :, 1:4].requires_grad_()                              # as heads lie beside each other
+    x = torch.randn(2, 6, 5, 8)[:, :, 1:4].requires_grad_()                # as heads lie side by side
     dy = torch.randn(2, 3, 6, 8).transpose(1, 2)
     ours = norm(x)
     assert ours.grad_fn.name() == "NormalizeBackward"
