@@ -27,7 +27,6 @@ on a GPU, torchtitan's MoE (layer) and liger-kernel's experts and loss (layer, l
 Figures are drawn from the JSON alone: `python bench.py draw results/NAME.json`.
 """
 
-import argparse
 import contextlib
 import copy
 import gc
@@ -56,6 +55,7 @@ from model import (
     Model,
     ModelConfig,
     MoE,
+    Parser,
     count,
     experts,
     generate,
@@ -890,7 +890,7 @@ BENCHMARKS = {"route": bench_route, "layer": bench_layer, "product": bench_produ
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="throughput and memory, against peers and floors, in one run")
+    parser = Parser(description="throughput and memory, against peers and floors, in one run")
     parser.add_argument("what", choices=[*BENCHMARKS, "all", "draw", "cell"], help="draw redraws the figure of a JSON")
     parser.add_argument("file", nargs="?", help="a config or sweep file instead of the built-in sizes; draw: the JSON")
     parser.add_argument("--config", help="the same file, by name")

@@ -274,8 +274,8 @@ AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_cap
 def has_onednn(x: Tensor, w: Tensor) -> bool:
     """Where oneDNN multiplies, not MKL (torch.mm): both are in torch, and on an AMD processor with AVX-512 oneDNN is
     twice as fast (results/product_cpu.json). It compiles a kernel for each shape, so it gets whole tiles alone."""
-    return (AVX512 and compute_dtype(x) == w.dtype == torch.float32 and x.device.type == "cpu"
-            and all(n > 0 and n % TILE == 0 for n in (*x.shape, len(w))))
+    whole = x.shape[0] % TILE == x.shape[1] % TILE == len(w) % TILE == 0 < x.numel()
+    return AVX512 and whole and compute_dtype(x) == w.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def onednn(x: Tensor, w: Tensor) -> Tensor:
@@ -591,7 +591,7 @@ class OneByOne(torch.autograd.Function):
         dmatrices = [torch.empty_like(w, dtype=x.dtype) for w in matrices]
         dpairs = [dw for width in zip(dmatrices[::2], dmatrices[1::2]) for dw in zip(*width)]      # an expert each
         for e, (n, rows, w1, w2) in enumerate(each_expert(x, offsets, matrices)):
-            x_e, dy_e = x.index_select(0, source[rows]), dy.index_select(0, source[rows])
+            x_e, dy_e = (t.index_select(0, source[rows]) for t in (x, dy))
             dy_e[n:] = 0                                           # so that the next experts' rows add to no gradient
             h = kept[e] if kept else linear(x_e, w1)
             dh, a, dweight[rows] = swiglu_backward(h, linear(dy_e, w2.t()), weight[rows])
@@ -1411,8 +1411,13 @@ def print_sizes(path: str, as_json: bool) -> None:
     print(size_table(config, sizes, need))
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise BadInput(f"{message}; python {self.prog} --help lists what there is")
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="sizes of a config, or text from a trained run")
+    parser = Parser(description="sizes of a config, or text from a trained run")
     parser.add_argument("target", help="configs/X.py, out/NAME of a trained run, or a Hugging Face folder")
     parser.add_argument("--json", action="store_true", help="sizes as JSON")
     parser.add_argument("--prompt", default="", help="text to continue")
@@ -1425,6 +1430,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the step first: pays from some thousand tokens")
     args = parser.parse_args(argv)
     if args.target.endswith(".py"):
+        require(not args.prompt and args.routing is None,
+                f"{args.target} is a config, and text needs what it trains: python train.py {args.target} first")
         return print_sizes(args.target, args.json)
     for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
         require(low <= getattr(args, name) < 2**63, f"--{name} {getattr(args, name)} must be at least {low}")

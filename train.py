@@ -68,6 +68,7 @@ from model import (
     BadInput,
     Model,
     ModelConfig,
+    Parser,
     closest,
     count,
     load_model,
@@ -221,8 +222,8 @@ def field_help() -> dict[str, str]:
 
 def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     """(config file and options of sweeps, the fields that are given)."""
-    parser = argparse.ArgumentParser(description="train a mixture-of-experts language model", allow_abbrev=False,
-                                     usage="python train.py CONFIG.py [--name=value ...]")
+    parser = Parser(description="train a mixture-of-experts language model", allow_abbrev=False,
+                    usage="python train.py CONFIG.py [--name=value ...]")
     parser.add_argument("config", help="a flat Python file: one name = value a line (see configs/)")
     parser.add_argument("--scale", type=lambda text: literal("scale", text), default=1,
                         help="what the name `scale` stands for in the file")
