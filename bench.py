@@ -408,7 +408,7 @@ def bench_loss(args) -> dict:
     steps = {name: lambda loss=loss: torch.autograd.grad(loss(), (x, weight)) for name, loss in losses.items()}
     w, p = weight.detach().to(DTYPE), torch.randn(n, v, device=DEVICE, dtype=DTYPE)
     extra = {name: extra_memory(step) for name, step in steps.items()} if GPU else {}
-    steps["floor: matrix products"] = lambda: (x.detach() @ w.t(), p @ w, p.t() @ x.detach())
+    steps["floor: matrix products"] = lambda: (linear(x.detach(), w), linear(p, w.t()), p.t() @ x.detach())
     times = take_turns(steps)
     floor = statistics.median(times["floor: matrix products"])
     rows = [row(name, t, tokens_per_s=n / statistics.median(t), share_of_floor=floor / statistics.median(t),

@@ -866,7 +866,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, learn):
         n, w = len(x), weight.detach().to(x.dtype)
         for_x, for_weight = (learn and needed for needed in ctx.needs_input_grad[:2])
-        step = max(1, LOGIT_BYTES // (4 * len(w)))
+        step = max(1, LOGIT_BYTES // (4 * len(w)) // TILE * TILE)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if for_x else None
         dweight = torch.zeros(weight.shape, device=x.device) if for_weight else None
@@ -874,16 +874,17 @@ class LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + step)
             logits = linear(x[rows], w).float()                                   # (step, V)
             target = targets[rows, None]
-            lse = logits.logsumexp(-1, keepdim=True)
-            total += (lse - logits.gather(1, target)).sum()
+            top, hit = logits.amax(-1, keepdim=True), logits.gather(1, target)
+            p = logits.sub_(top).exp_()                                           # in place: one (step, V) is enough
+            mass = p.sum(-1, keepdim=True)
+            total += (top + mass.log() - hit).sum()
             if for_x or for_weight:
-                p = logits.sub_(lse).exp_()                                                      # softmax, in place
-                p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))            # minus one_hot
-                p = (p / n).to(x.dtype)
+                p.div_(mass * n).scatter_add_(1, target, torch.full_like(hit, -1 / n))           # softmax - one_hot
+                p = p.to(x.dtype)
                 if for_x:
                     dx[rows] = linear(p, w.t())
                 if for_weight:
-                    dweight += p.t() @ x[rows]
+                    dweight += p.t() @ x[rows]                                    # to turn p would cost more
         ctx.grads = dx, dweight
         return total / n
 

@@ -86,7 +86,7 @@ def test_sizes_of_a_config_print_as_a_table_and_as_json(capsys):
     sizes = json.loads(capsys.readouterr().out)
     assert set(sizes) == {"total", "active", "total_untied", "active_untied", "embedding", "flops_per_token", "memory"}
     assert sizes["memory"]["total"] == sum(n for name, n in sizes["memory"].items() if name != "total")
-    with pytest.raises(BadInput, match="python train.py configs/large_moe_1p3b.py first"):
+    with pytest.raises(BadInput, match="is a config, and text needs what it trains"):
         m.main(["configs/large_moe_1p3b.py", "--prompt", "def "])
 
 
