@@ -234,7 +234,7 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
     else:
         kept += c.n_layer * attention + (c.n_layer - n_dense) * routed
     table = c.vocab_size * c.d_model * 4
-    logits = 2 * min(LOGIT_BYTES, tokens * c.vocab_size * 4) + table             # a piece, its product; its gradient
+    logits = (1 if wide == 4 else 2) * min(LOGIT_BYTES, tokens * c.vocab_size * 4) + table     # a piece; its gradient
     parts = {"weights": 4 * params, "gradients": 4 * params, "optimizer": 8 * params,
              "activations": tokens * (kept + working), "logits": logits}
     return parts | {"total": sum(parts.values())}
