@@ -76,9 +76,12 @@ def test_the_speeds_it_quotes_are_those_of_the_committed_benchmarks():
                     f"{speed['ours'] / three[best]:.2f}", f"{speed['ours, compiled'] / three[best]:.2f}",
                     f"{speed['ours, compiled'] / compiled:.2f}" if compiled else "-"]
         assert f"| {label} | {' | '.join(expected)} |" in README, (label, expected)
-    for name, r in rows_of("layer_cpu")[0].items():
+    for name, r in rows_of("layer_keep_memory_cpu")[0].items():
         if name[:2] in ("E=", "de"):
             assert f"| {name} | {r['rows_per_s']:,.0f} | {r['share_of_floor']:.0%} |" in README, name
+    kept, not_kept = (rows["E=128 balanced"]["rows_per_s"] / rows["E=8 balanced"]["rows_per_s"]
+                      for file in ("layer_keep_memory_cpu", "layer_cpu") for rows in rows_of(file))
+    assert f"at 128 experts it has {kept:.0%} of its speed at 8 (aim: 60%), without {not_kept:.0%}" in README
     for name, r in rows_of("product_cpu")[0].items():
         if name.endswith("oneDNN"):
             shape, mm = name.removesuffix(", oneDNN"), rows_of("product_cpu")[0][name.replace("oneDNN", "torch.mm")]
