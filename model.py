@@ -334,7 +334,7 @@ class RMSNorm(nn.Module):
 
 
 class Normalize(torch.autograd.Function):
-    """RMSNorm on a CPU, where torch has no kernel for it: its backward is ten operators, this one seven, in two buffers.
+    """RMSNorm on a CPU, where torch has no kernel for it: ten operators backward, and here seven, in two buffers.
 
     With n = x / rms and p = dy * n:  dweight = sum of p over rows,  dx = (dy * weight - n * mean(p * weight)) / rms.
     """
