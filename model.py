@@ -234,7 +234,8 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
     else:
         kept += c.n_layer * attention + (c.n_layer - n_dense) * routed
     table = c.vocab_size * c.d_model * 4
-    logits = (1 if wide == 4 else 2) * min(LOGIT_BYTES, tokens * c.vocab_size * 4) + table     # a piece; its gradient
+    pieces = 1 if wide == 4 else 2                                               # of logits; bfloat16 has copies
+    logits = pieces * min(LOGIT_BYTES, tokens * c.vocab_size * 4) + table        # and the table's gradient
     parts = {"weights": 4 * params, "gradients": 4 * params, "optimizer": 8 * params,
              "activations": tokens * (kept + working), "logits": logits}
     return parts | {"total": sum(parts.values())}
@@ -352,8 +353,9 @@ class Normalize(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         n = torch.mul(x, scale, out=torch.empty_like(x, memory_format=torch.contiguous_format))
         p = torch.mul(dy, n, out=torch.empty_like(n))
-        rows = p.flatten(0, -2)                                                        # (N, size)
-        mean, dweight = (rows @ weight).div_(len(weight)).view(scale.shape), rows.sum(0)
+        rows = p.view(-1, len(weight))                                                 # (N, size)
+        mean = torch.mv(rows, weight, out=x.new_empty(len(rows))).div_(len(weight))    # out=: not in autocast's bf16
+        mean, dweight = mean.view(scale.shape), rows.sum(0)
         return torch.mul(dy, weight, out=p).addcmul_(n, mean, value=-1).mul_(scale), dweight, None
 
 
@@ -731,7 +733,7 @@ def has_grouped_mm(x: Tensor, width: int, rows: float) -> bool:
     aligned = x.shape[1] % 8 == 0 and width % 8 == 0                   # it wants rows of whole 16 bytes
     if x.is_cuda:
         return aligned and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return aligned and x.dtype != torch.float64 and rows <= 32
+    return aligned and x.device.type == "cpu" and x.dtype != torch.float64 and rows <= 32
 
 
 class Block(nn.Module):
