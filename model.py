@@ -234,8 +234,8 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
     else:
         kept += c.n_layer * attention + (c.n_layer - n_dense) * routed
     table = c.vocab_size * c.d_model * 4
-    pieces = 1 if wide == 4 else 2                                               # of logits; bfloat16 has copies
-    logits = pieces * min(LOGIT_BYTES, tokens * c.vocab_size * 4) + table        # and the table's gradient
+    logits = min(LOGIT_BYTES, tokens * c.vocab_size * 4) + table                 # a piece, and the table's gradient;
+    logits *= 1 if wide == 4 else 2                                              # with bfloat16 also copies of both
     parts = {"weights": 4 * params, "gradients": 4 * params, "optimizer": 8 * params,
              "activations": tokens * (kept + working), "logits": logits}
     return parts | {"total": sum(parts.values())}
@@ -275,7 +275,7 @@ AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_cap
 def has_onednn(x: Tensor, w: Tensor) -> bool:
     """Where oneDNN multiplies, not MKL (torch.mm): both are in torch, and on an AMD processor with AVX-512 oneDNN is
     twice as fast (results/product_cpu.json). It compiles a kernel for each shape, so it gets whole tiles alone."""
-    whole = x.shape[0] % TILE == x.shape[1] % TILE == len(w) % TILE == 0 < x.numel()
+    whole = x.numel() > 0 and not (x.shape[0] % TILE or x.shape[1] % TILE or len(w) % TILE)
     return AVX512 and whole and compute_dtype(x) == w.dtype == torch.float32 and x.device.type == "cpu"
 
 
@@ -298,12 +298,12 @@ onednn_linear.register_autograd(linear_backward, setup_context=keep_both)
 
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
-    """F.linear, x (n, ..., i) @ w (o, i).T, by the faster library, or none: torch.compile fuses a single row's product
-    with what is around it, and calls to a library cost more than that."""
+    """F.linear, x (n, ..., i) @ w (o, i).T, by the faster library. A single row in a compiled step of writing text gets
+    none: torch.compile fuses the sum with what is around it, and the call to a library would cost more."""
     if x.dim() > 2:
         return linear(x.flatten(0, -2), w).unflatten(0, x.shape[:-1])
     compiling, learns = torch.compiler.is_compiling(), torch.is_grad_enabled()
-    if compiling and len(x) == 1 and not learns:
+    if compiling and len(x) == 1 and not learns and compute_dtype(x) == x.dtype == w.dtype:
         return (x * w).sum(1, keepdim=True).t()
     if not has_onednn(x, w):
         return F.linear(x, w)
@@ -311,7 +311,7 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
 
 
 def weight_gradient(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """dy (n, o).T @ x (n, i), by the faster library. oneDNN wants dy turned first, which only large products repay."""
+    """dy (n, o).T @ x (n, i), by the faster library. oneDNN needs dy turned first: that pays in large products."""
     if dy.numel() * x.shape[1] < 2**25 or not has_onednn(dy.t(), x.t()):
         return torch.mm(dy.t(), x, out=out)
     dw = linear(dy.t().contiguous(), x.t())
@@ -329,7 +329,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        plain = x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu"
+        if plain and not torch.compiler.is_compiling():
             return Normalize.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
@@ -399,8 +400,8 @@ class Cache:
     """Keys and values of the tokens read so far, a (B, H_kv, length, d_head) tensor a layer: a token costs one step.
 
     `used` counts them. Once it is a tensor (see Decoder) every step has the same shapes: a token attends to the whole
-    buffer, and a mask hides what is not written yet. One tensor for all layers would be copied whole at every step,
-    since torch.compile writes in place only into what it is given, not into a part of it.
+    buffer, and a mask hides what is not written yet. Why a tensor a layer: torch.compile writes in place into a tensor
+    it is given, but to write into a slice of one it copies all of it, at every step.
     """
 
     def __init__(self, config: ModelConfig, batch: int, length: int, device, dtype):
@@ -594,7 +595,7 @@ class OneByOne(torch.autograd.Function):
         dpairs = [dw for width in zip(dmatrices[::2], dmatrices[1::2]) for dw in zip(*width)]      # an expert each
         for e, (n, rows, w1, w2) in enumerate(each_expert(x, offsets, matrices)):
             x_e, dy_e = (t.index_select(0, source[rows]) for t in (x, dy))
-            dy_e[n:] = 0                                           # so that the next experts' rows add to no gradient
+            dy_e[n:] = 0                                           # the next experts' rows, if finite, add nothing here
             h = kept[e] if kept else linear(x_e, w1)
             dh, a, dweight[rows] = swiglu_backward(h, linear(dy_e, w2.t()), weight[rows])
             weight_gradient(dh, x_e, out=dpairs[e][0])
@@ -606,7 +607,7 @@ class OneByOne(torch.autograd.Function):
 
 def each_expert(x: Tensor, offsets: Tensor, matrices) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
     """(n, rows, W_in, W_out) of each expert: the first n of these rows are its own. For oneDNN, which wants few shapes,
-    rows of the next experts may follow, up to 15 or a sixteenth of n: what they yield is dropped, or overwritten."""
+    rows of the next experts may follow, up to 15 or a sixteenth of n: what they yield is dropped, overwritten or 0."""
     ends, start, e = offsets.tolist(), 0, 0
     on_cpu = AVX512 and x.dtype == torch.float32 and not x.is_cuda
     for w_in, w_out in zip(matrices[::2], matrices[1::2]):
@@ -728,12 +729,13 @@ def swiglu_bwd(h, weight, da, dh, a, dweight, width, BLOCK: constexpr):
 
 
 def has_grouped_mm(x: Tensor, width: int, rows: float) -> bool:
-    """On a GPU grouped_mm is one fast kernel for bf16 from Hopper on. On a CPU it is a loop like ours in C++, without
-    our tiles and cache: it wins while an expert has so few rows that starting operators is what takes the time."""
+    """On a GPU grouped_mm is one fast kernel for bf16 from Hopper on. On a CPU it is a loop like ours, in C++ and by
+    the slower library: it wins while starting operators takes longer than the products of an expert's mean rows."""
     aligned = x.shape[1] % 8 == 0 and width % 8 == 0                   # it wants rows of whole 16 bytes
     if x.is_cuda:
         return aligned and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return aligned and x.device.type == "cpu" and x.dtype != torch.float64 and rows <= 32
+    few = rows * x.shape[1] * width <= 2**20
+    return aligned and few and x.device.type == "cpu" and x.dtype != torch.float64
 
 
 class Block(nn.Module):
@@ -868,7 +870,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, learn):
         n, w = len(x), weight.detach().to(x.dtype)
         for_x, for_weight = (learn and needed for needed in ctx.needs_input_grad[:2])
-        step = max(1, LOGIT_BYTES // (4 * len(w)) // TILE * TILE)
+        fit = LOGIT_BYTES // (4 * len(w))
+        step = fit // TILE * TILE or max(1, fit)                                  # whole tiles where there is room
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if for_x else None
         dweight = torch.zeros(weight.shape, device=x.device) if for_weight else None
@@ -877,7 +880,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = linear(x[rows], w).float()                                   # (step, V)
             target = targets[rows, None]
             top, hit = logits.amax(-1, keepdim=True), logits.gather(1, target)
-            p = logits.sub_(top).exp_()                                           # in place: one (step, V) is enough
+            p = logits.sub_(top).exp_()                                           # in place: no second (step, V)
             mass = p.sum(-1, keepdim=True)
             total += (top + mass.log() - hit).sum()
             if for_x or for_weight:
@@ -885,8 +888,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                 p = p.to(x.dtype)
                 if for_x:
                     dx[rows] = linear(p, w.t())
-                if for_weight:
-                    dweight += p.t() @ x[rows]                                    # to turn p would cost more
+                if for_weight and p.dtype == dweight.dtype:
+                    dweight.addmm_(p.t(), x[rows])                                # in place: no second (V, D)
+                elif for_weight:
+                    dweight += p.t() @ x[rows]
         ctx.grads = dx, dweight
         return total / n
 

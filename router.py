@@ -1006,6 +1006,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Check and compare the routing policies.")
     parser.add_argument("--list", action="store_true", help="name the policies, one line each")
     parser.add_argument("--policy", metavar="NAME", help="the load of one policy: text, out/router_NAME.png and .json")
+    parser.error = lambda message: parser.exit(2, f"error: {message}; python router.py --help lists what there is\n")
     args = parser.parse_args(arguments)
     if args.policy is not None and args.policy not in POLICIES:
         near = difflib.get_close_matches(args.policy, POLICIES, 1)

@@ -308,6 +308,15 @@ def test_rms_norm_and_its_gradients_are_torchs_whatever_the_strides():
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_a_row_alone_in_a_compiled_step_obeys_autocast_too():
+    x, w = torch.randn(1, 32), torch.randn(48, 32)
+    compiled = torch.compile(m.linear)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert compiled(x, w).dtype == torch.bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, w), F.linear(x, w))
+
+
 def test_linear_has_second_derivatives():
     torch.manual_seed(0)
     inputs = [torch.randn(16, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)]
