@@ -231,7 +231,7 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     sweeps = parser.add_argument_group("sweeps, files with several runs")
     sweeps.add_argument("--report", action="store_true", help="only the summary of what there is so far")
     sweeps.add_argument("--only", action="append", type=lambda text: text.split(","), help="only these runs")
-    sweeps.add_argument("--parallel", nargs="?", type=lambda text: literal("parallel", text), const=0,
+    sweeps.add_argument("--parallel", nargs="?", type=lambda text: literal("parallel", text), const=True,
                         help="runs at once; no number: one a GPU")
     sweeps.add_argument("--seeds", type=lambda text: [literal("seeds", seed) for seed in text.split(",")],
                         help="repeat each run for these seeds")
@@ -1128,7 +1128,7 @@ def sweep(args: argparse.Namespace, runs: list[Run]) -> int:
             run.config = replace(run.config, **{k: then[k] for k in ("device", "dtype") if k in then})
     else:
         gpus = torch.cuda.device_count() if runs[0].config.device.startswith("cuda") else 1
-        parallel = 1 if args.parallel is None else args.parallel or gpus
+        parallel = 1 if args.parallel is None else gpus if args.parallel is True else args.parallel
         require(type(parallel) is int and parallel > 0, f"--parallel={parallel} must be a number of runs at once")
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)

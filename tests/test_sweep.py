@@ -237,6 +237,7 @@ def test_each_of_several_runs_gets_its_gpu_or_its_share_of_the_threads(monkeypat
     ("must be different whole numbers", "[dict(name='a')]", "--seeds=one"),
     ("--parallel=two must be", "[dict(name='a')]", "--parallel=two"),
     ("--parallel=-1 must be", "[dict(name='a')]", "--parallel=-1"),
+    ("--parallel=0 must be", "[dict(name='a')]", "--parallel=0"),
     ("--scale=-2 must be a positive number", "[dict(name='a')]", "--scale=-2"),
     ("unknown argument --paralel=2, did you mean parallel?", "[dict(name='a')]", "--paralel=2"),
     ("sweep.py sets scale", "[dict(name='a')]\nscale = 3", ""),
