@@ -49,6 +49,7 @@ import torch.nn.functional as F
 
 from model import (
     CARDS,
+    BadInput,
     Card,
     Dense,
     LinearCrossEntropy,
@@ -833,7 +834,10 @@ def draw(path: str) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    result = json.loads(Path(path).read_text())
+    try:
+        result = json.loads(Path(path).read_text())
+    except ValueError:
+        raise BadInput(f"{path} is no JSON: draw takes what bench.py wrote with --json") from None
     tables = [(kind, part) for kind, data in result["benchmarks"].items() for part in data.get("results", [data])]
     sizes = [len(part["rows"]) for _, part in tables]
     figure, axes = plt.subplots(len(tables), 1, figsize=(8, sum(0.9 + 0.28 * n for n in sizes)), squeeze=False,
@@ -888,9 +892,11 @@ def bar_text(r: dict, key: str) -> str:
 BENCHMARKS = {"route": bench_route, "layer": bench_layer, "product": bench_product, "loss": bench_loss,
               "step": bench_step, "decode": bench_decode, "memory": bench_memory, "hardware": bench_hardware}
 
+TAKE_FILE = ("step", "decode", "memory", "hardware", "all")
+
 
 def main(argv: list[str]) -> None:
-    parser = Parser(description="throughput and memory, against peers and floors, in one run")
+    parser = Parser(allow_abbrev=False, description="throughput and memory, against peers and floors, in one run")
     parser.add_argument("what", choices=[*BENCHMARKS, "all", "draw", "cell"], help="draw redraws the figure of a JSON")
     parser.add_argument("file", nargs="?", help="a config or sweep file instead of the built-in sizes; draw: the JSON")
     parser.add_argument("--config", help="the same file, by name")
@@ -910,6 +916,9 @@ def main(argv: list[str]) -> None:
     if args.what == "cell":                               # what `memory` starts, a process a cell
         return memory_cell()
     args.config = args.config or args.file
+    require(not args.config or args.what in TAKE_FILE,
+            f"{args.what} has sizes of its own and takes no file {args.config}: {', '.join(TAKE_FILE)} do")
+    require(not args.json or args.json.endswith(".json"), f"--json {args.json} must end in .json: results/NAME.json")
     where = conditions()
     print(", ".join(f"{k} {v}" for k, v in where.items()))
     result = {"conditions": where, "benchmarks": {}}

@@ -355,7 +355,8 @@ class Normalize(torch.autograd.Function):
         n = torch.mul(x, scale, out=torch.empty_like(x, memory_format=torch.contiguous_format))
         p = torch.mul(dy, n, out=torch.empty_like(n))
         rows = p.view(-1, len(weight))                                                 # (N, size)
-        mean = torch.mv(rows, weight, out=x.new_empty(len(rows))).div_(len(weight))    # out=: not in autocast's bf16
+        with torch.autocast("cpu", enabled=False):
+            mean = (rows @ weight).div_(len(weight))
         mean, dweight = mean.view(scale.shape), rows.sum(0)
         return torch.mul(dy, weight, out=p).addcmul_(n, mean, value=-1).mul_(scale), dweight, None
 
@@ -1425,7 +1426,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(description="sizes of a config, or text from a trained run")
+    parser = Parser(allow_abbrev=False, description="sizes of a config, or text from a trained run")
     parser.add_argument("target", help="configs/X.py, out/NAME of a trained run, or a Hugging Face folder")
     parser.add_argument("--json", action="store_true", help="sizes as JSON")
     parser.add_argument("--prompt", default="", help="text to continue")

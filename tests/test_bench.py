@@ -279,7 +279,10 @@ def test_a_card_that_cannot_be_read_is_one_line_and_exit_code_2(card, monkeypatc
 @pytest.mark.parametrize(("argv", "says"), [
     (["hardware", "--batch_tokens", "1000"], "--batch_tokens 1000 must be a multiple of"),
     (["memory", "--cell", "1,x"], "--cell '1,x' must be batch,context"),
-    (["draw"], "draw needs the path of a JSON"), (["stepp"], "invalid choice: 'stepp'.*--help lists")])
+    (["draw"], "draw needs the path of a JSON"), (["stepp"], "invalid choice: 'stepp'.*--help lists"),
+    (["draw", "README.md"], "README.md is no JSON"), (["step", "--peer"], "--peer"),
+    (["loss", "configs/tiny.py"], "loss has sizes of its own and takes no file configs/tiny.py"),
+    (["loss", "--json", "results"], "--json results must end in .json")])
 def test_bad_input_is_refused_before_anything_is_measured(argv, says):
     with pytest.raises(BadInput, match=says):
         bench.main(argv)
