@@ -616,7 +616,7 @@ def peak_memory(device: str) -> int:
 def keep_freed_memory() -> None:
     """Stop glibc from giving freed memory back to the kernel, to get it again, zeroed page by page, at the next step.
 
-    On a CPU that is up to a sixth of a step: compare results/step_cpu.json with results/step_keep_memory_cpu.json.
+    On a CPU that is up to a tenth of a step: compare results/step_cpu.json with results/step_keep_memory_cpu.json.
     """
     mallopt, trim_threshold, mmap_max = getattr(ctypes.CDLL(None), "mallopt", None), -1, -4             # see malloc.h
     if mallopt:
