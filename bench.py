@@ -20,7 +20,8 @@ it could cost: its bytes through a plain copy, or its matrix products and attent
     hardware what fits cards of 8 to 192 GB, and the least time a step takes there: data sheets, nothing is run
              (--batch_tokens N; --card "name,GB,GB/s,TFLOP/s" adds a card or replaces one)
 
-FILE is a config (also --config FILE). Of a sweep file, decode ranks every architecture and memory takes every cell.
+FILE is a config (also --config FILE), for step, decode, memory and hardware. Of a sweep file, decode ranks every
+architecture and memory takes every cell.
 --peers adds, with the same weights, transformers' Qwen3-MoE in each of its expert implementations (step, decode), and,
 on a GPU, torchtitan's MoE (layer) and liger-kernel's experts and loss (layer, loss); one that is missing is named.
 --keep_memory times everything under train.py's way with freed memory (a CPU's; see keep_freed_memory there).

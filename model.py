@@ -259,7 +259,7 @@ CARDS = {  # the vendors' data sheets. The bfloat16 rate of the 4060 and 4070 is
 }
 
 
-# --- matrix products: which library on a CPU, nothing else ----------------------------------------------------------
+# --- matrix products: by which library ------------------------------------------------------------------------------
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

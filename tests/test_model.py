@@ -240,7 +240,7 @@ def test_the_expert_layer_is_the_double_loop_forward_and_in_every_gradient(n, k,
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("n, k, e", [(64, 4, 4), (50, 3, 5), (33, 1, 2), (4, 2, 16)])
 def test_the_expert_layer_in_whole_tiles_is_the_double_loop_too(n, k, e, keep, monkeypatch):
-    monkeypatch.setattr(m, "AtOnce", m.OneByOne)                                         # which has more rows, else
+    monkeypatch.setattr(m, "AtOnce", m.OneByOne)                                         # which few rows would go to
     compare_with_double_loop(n, k, e, m.TILE, 2 * m.TILE, torch.float32, keep)           # oneDNN's with AVX-512
 
 
