@@ -50,29 +50,39 @@ import torch.nn.functional as F
 
 from model import (
     CARDS,
-    BadInput,
+    COMPILED,
+    FAST,
     Card,
+    Decoder,
     Dense,
-    LinearCrossEntropy,
+    Experts,
     Model,
     ModelConfig,
     MoE,
-    Parser,
+    Ops,
     count,
-    experts,
+    fast_linear,
+    fast_loss,
     generate,
     has_onednn,
-    linear,
     memory,
+    next_logits,
     onednn,
-    parameter_groups,
-    require,
-    run_script,
     to_hf,
+    using,
     weight_gradient,
 )
-from router import place, route, triton
-from train import Config, free_memory, keep_freed_memory, load_config, load_runs, peak_memory
+from router import BadInput, Parser, fast_route, place, require, run_script, triton
+from train import (
+    Config,
+    free_memory,
+    keep_freed_memory,
+    load_runs,
+    parameter_groups,
+    peak_memory,
+    ramp,
+    read_config,
+)
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -205,12 +215,12 @@ def bench_route(args) -> dict:
     for n_expert, k in ((16, 4), (128, 8)):
         config = ModelConfig(n_expert=n_expert, top_k=k)
         logits = torch.randn(n_token, n_expert, device=DEVICE, requires_grad=True)
-        r, composite = route(logits, config), plain_routing(logits, k)
+        r, composite = fast_route(logits, config), plain_routing(logits, k)
         compare("route", r.weights, composite[0], 1e-5)
         forward_bytes = 4 * n_token * (n_expert + 4 * k)              # logits in; weights, experts, slot, token out
-        candidates = {"route, forward": lambda c=config, x=logits: route(x.detach(), c),
+        candidates = {"route, forward": lambda c=config, x=logits: fast_route(x.detach(), c),
                       "plain PyTorch, forward": lambda x=logits, k=k: plain_routing(x.detach(), k),
-                      "route, forward + backward": lambda c=config, x=logits: gradient(route(x, c), x)}
+                      "route, forward + backward": lambda c=config, x=logits: gradient(fast_route(x, c), x)}
         times = take_turns(candidates)
         plain = statistics.median(times["plain PyTorch, forward"])
         for name, t in times.items():
@@ -244,11 +254,11 @@ def layer_shape() -> tuple[int, int, int, int]:
 def choices(kind: str, n: int, e: int, k: int) -> torch.Tensor:
     """Experts (N, K): in turn, drawn with probability 1 / (1 + rank), or the same K for all."""
     if kind == "balanced":
-        return ((torch.arange(n)[:, None] * k + torch.arange(k)) % e).int().to(DEVICE)
+        return ((torch.arange(n)[:, None] * k + torch.arange(k)) % e).to(DEVICE)
     if kind == "all to one":
-        return torch.arange(k).expand(n, k).int().contiguous().to(DEVICE)
+        return torch.arange(k).expand(n, k).contiguous().to(DEVICE)
     odds = (1 / (1 + torch.arange(e))).expand(n, e)
-    return torch.multinomial(odds, k, generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
+    return torch.multinomial(odds, k, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
 def bench_layer(args) -> dict:
@@ -257,10 +267,10 @@ def bench_layer(args) -> dict:
     candidates, rows = {}, []
     for e, kind in ((8, "balanced"), (32, "balanced"), (128, "balanced"), (32, "skewed"), (32, "all to one")):
         weights = torch.full((n, k), 1 / k, device=DEVICE, requires_grad=True)
-        _, offsets, slot, token = place(choices(kind, n, e, k), e)
+        _, offsets, token, slot = place(choices(kind, n, e, k), e)
         w_in = (torch.randn(e, 2 * width, d, device=DEVICE) / d**0.5).requires_grad_()
         w_out = (torch.randn(e, d, width, device=DEVICE) / width**0.5).requires_grad_()
-        call = lambda plan=(token, slot, offsets), w=weights, a=w_in, b=w_out: experts(x, w, *plan, True, a, b)
+        call = lambda where=(token, slot, offsets), w=weights, a=w_in, b=w_out: Experts.apply(x, w, *where, False, a, b)
         candidates[f"E={e} {kind}"] = lambda call=call, w=(weights, w_in, w_out): forward_backward(call, x, *w)
     dense = Dense(d, k * width).to(DEVICE, DTYPE)
     for p in dense.parameters():
@@ -349,7 +359,7 @@ def expert_products(rows: int, d: int, width: int, e: int) -> Callable:
     def run():
         for _ in range(e):
             for p, w in ((x, w1), (a, w2), (x, w2.t()), (h, w1.t())):
-                linear(p, w)
+                fast_linear(p, w)
             for p, q, out in zip((x, h), (a, x), of_weights):
                 weight_gradient(p, q, out)
 
@@ -397,7 +407,7 @@ def bench_loss(args) -> dict:
     x = torch.randn(n, d, device=DEVICE, dtype=DTYPE, requires_grad=True)
     weight = (torch.randn(v, d, device=DEVICE) / d**0.5).requires_grad_()
     targets = torch.randint(0, v, (n,), device=DEVICE)
-    losses = {"ours": lambda: LinearCrossEntropy.apply(x, weight, targets, True),
+    losses = {"ours": lambda: fast_loss(x, weight, targets),
               "plain PyTorch": lambda: F.cross_entropy((x @ weight.to(DTYPE).t()).float(), targets)}
     losses |= present({"liger-kernel": (liger_loss, "its Triton kernels need a GPU")}, x, weight, targets) \
         if args.peers else {}
@@ -410,7 +420,7 @@ def bench_loss(args) -> dict:
     steps = {name: lambda loss=loss: torch.autograd.grad(loss(), (x, weight)) for name, loss in losses.items()}
     w, p = weight.detach().to(DTYPE), torch.randn(n, v, device=DEVICE, dtype=DTYPE)
     extra = {name: extra_memory(step) for name, step in steps.items()} if GPU else {}
-    steps["floor: matrix products"] = lambda: (linear(x.detach(), w), linear(p, w.t()), p.t() @ x.detach())
+    steps["floor: matrix products"] = lambda: (fast_linear(x.detach(), w), fast_linear(p, w.t()), p.t() @ x.detach())
     times = take_turns(steps)
     floor = statistics.median(times["floor: matrix products"])
     rows = [row(name, t, tokens_per_s=n / statistics.median(t), share_of_floor=floor / statistics.median(t),
@@ -448,7 +458,7 @@ def bench_step(args) -> dict:
     sizes, batch = STEP, 8
     if args.config or GPU:
         path = args.config or "configs/large_moe_1p3b.py"
-        sizes, batch = {path: load_config(path)}, 8
+        sizes, batch = {path: read_config(path)}, 8
     return {"results": [step_of(name, config, batch, args.peers) for name, config in sizes.items()]}
 
 
@@ -459,7 +469,7 @@ def step_of(name: str, config: ModelConfig, batch: int, peers: bool) -> dict:
     ours = Model(config).init_weights(0).to(DEVICE)
     steps = {"ours": ours_step(ours, config, x, y)}
     twin = Model(config).init_weights(0).to(DEVICE)
-    steps["ours, compiled"] = ours_step(twin, config, x, y, torch.compile(twin, dynamic=False))
+    steps["ours, compiled"] = ours_step(twin, config, x, y, torch.compile(twin, dynamic=False), COMPILED)
     if peers and has_transformers():
         steps |= transformers_steps(ours, tokens, config)
     steps["floor: products + attention"] = model_products(config, batch)
@@ -474,13 +484,13 @@ def step_of(name: str, config: ModelConfig, batch: int, peers: bool) -> dict:
             "flops_per_token": count(config)["flops_per_token"]}
 
 
-def ours_step(model: Model, config: ModelConfig, x, y, call: Callable | None = None) -> Callable:
+def ours_step(model: Model, config: ModelConfig, x, y, call: Callable | None = None, ops: Ops = FAST) -> Callable:
     """One optimizer step of the model, called as itself or as torch.compile made it."""
     call = model if call is None else call
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=True)
 
     def step():
-        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=GPU):
+        with using(ops), torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=GPU):
             o = call(x, y)
         (o.ce + config.aux_coef * o.balance + config.z_coef * o.z).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -562,7 +572,7 @@ def model_products(config: ModelConfig, batch: int) -> Callable:
 
     def run():
         for a, w, b, dw in products:
-            linear(a, w), linear(b, w.t()), weight_gradient(b, a, dw)
+            fast_linear(a, w), fast_linear(b, w.t()), weight_gradient(b, a, dw)
         for _ in range(c.n_layer):
             experts()
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -588,8 +598,8 @@ def bench_decode(args) -> dict:
     rate, active = read_rate(), count(config)["active"] * DTYPE.itemsize
     for batch in (1, 16):
         prompt = torch.randint(0, config.vocab_size, (batch, 16), device=DEVICE)
-        runs = {name: lambda p=prompt, c=compiled: list(generate(ours, p, n_token, temperature=0, compiled=c))
-                for name, compiled in (("ours", False), ("ours, compiled", True))}
+        runs = {name: lambda p=prompt, s=step: list(generate(ours, p, n_token, temperature=0, step=s))
+                for name, step in (("ours", next_logits), ("ours, compiled", Decoder()))}
         if theirs is not None:
             for kind in EXPERT_KINDS:
                 runs[f"transformers {kind}"] = lambda p=prompt, kind=kind: their_tokens(theirs, kind, p, n_token)
@@ -761,8 +771,8 @@ BATCHES = [2**i for i in range(11)]           # 1 to 1,024
 def bench_hardware(args) -> dict:
     """What fits each card, by the memory estimate in bfloat16, and the least time one optimizer step takes there."""
     path = args.config or "configs/large_moe_1p3b.py"
-    config = load_config(path)
-    batch_tokens = config.ramp()[-1][1] if args.batch_tokens is None else args.batch_tokens
+    config = read_config(path)
+    batch_tokens = ramp(config)[-1][1] if args.batch_tokens is None else args.batch_tokens
     require(batch_tokens > 0 and batch_tokens % config.seq_len == 0,
             f"--batch_tokens {batch_tokens} must be a multiple of {path}'s seq_len = {config.seq_len}")
     cards = CARDS | dict(map(read_card, args.card or []))

@@ -1,85 +1,39 @@
 """
 model.py: a Qwen3-style mixture-of-experts transformer, from token to loss and back to text.
 
-Read router.py first (which experts does a token visit?); this file is everything around it, top to bottom: the
-configuration, its sizes counted before anything is allocated, attention, experts, the model, its loss, Hugging Face
-checkpoints in and out, the tokenizer, and text generation.
+Read router.py first (which experts does a token visit?); this file is everything around it. What differs from
+the GPT-2 you may know from nanoGPT:
+    RMSNorm without bias before each part, and over each head's queries and keys   (Qwen3)
+    rotary positions (base 1,000,000) instead of learnt ones                       (Su 2021)
+    grouped-query attention: several query heads share one key/value head          (Ainslie 2023)
+    a SwiGLU feed-forward, silu(x W_gate) * (x W_up) W_down, no bias anywhere       (Shazeer 2020)
+    not one feed-forward but E of them, of which each token visits K               (Shazeer 2017)
 
-What differs from the GPT-2 you may know from nanoGPT:
-    RMSNorm without bias before each part, and over each head's queries and keys     (Qwen3)
-    rotary positions (base 1,000,000) instead of learnt ones                          (Su 2021)
-    grouped-query attention: several query heads share one key/value head             (Ainslie 2023)
-    a SwiGLU feed-forward, silu(x W_gate) * (x W_up) W_down, no bias anywhere          (Shazeer 2020)
-    not one feed-forward but E of them, of which each token visits K                  (Shazeer 2017)
+Part 1 is the lesson: the whole model in plain PyTorch. Part 2 is the same, faster. Part 3 is what a user needs
+beside it: memory, Hugging Face checkpoints in and out, tokenizers, and `python model.py out/tiny --prompt "def "`.
 
-Axes, here and in router.py:
-    B batch   T sequence   N = B * T tokens   D d_model   H heads   E experts   K experts a token visits (top-k)
-    F width of one expert   R = N * K routed rows   V vocabulary
-
-    python model.py configs/tiny.py [--json]         sizes, FLOPs and memory of a config
-    python model.py out/tiny --prompt "def " [...]   text from a trained run, or from a Hugging Face folder
-    python model.py out/tiny --routing "text"        a picture of which expert each token of a text, or file, visits
+Axes: B batch, T sequence, N = B * T tokens, D d_model, H heads, E experts, K experts a token visits (top-k),
+F width of one expert, R = N * K routed rows, V vocabulary.
 """
 
-import argparse
-import base64
-import codecs
-import difflib
-import json
 import math
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-from router import (
-    POLICIES,
-    Context,
-    Routing,
-    combine,
-    constexpr,
-    gather,
-    jit,
-    route,
-    tl,
-    triton,
-    update_bias,
-    use_kernels,
-)
+from router import Context, RouterConfig, Routing, route, update_bias
 
-
-class BadInput(Exception):
-    """The user can mend this: one line saying what is wrong, what is allowed, and the fix. Scripts exit with code 2."""
-
-
-def is_file(name: str) -> bool:
-    """Whether this is a file; a text too long for a name is none."""
-    try:
-        return Path(name).is_file()
-    except OSError:
-        return False
-
-
-def closest(word: str, known) -> str:
-    """', did you mean X?' when a known name is near, else ''."""
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f", did you mean {near[0]}?" if near else ""
-
-
-# --- the configuration ----------------------------------------------------------------------------------------------
+# === Part 1: the lesson ===========================================================================================
 
 
 @dataclass
-class ModelConfig:
-    """The shape of a model. The comment behind a field is its help text."""
+class ModelConfig(RouterConfig):
+    """The shape of a model: the router's fields, then these. The comment behind a field is its help text."""
 
     n_layer: int = 4              # transformer blocks
     d_model: int = 256            # D, width of the residual stream
@@ -87,7 +41,6 @@ class ModelConfig:
     n_kv_head: int = 4            # key/value heads, each shared by n_head / n_kv_head query heads
     d_head: int = 32              # width of a head (even: rotary positions turn pairs)
     n_expert: int = 16            # E, experts a layer; 1 is a dense feed-forward without router
-    top_k: int = 4                # K, experts a token visits
     d_expert: int = 192           # F, hidden width of one expert (of the feed-forward when n_expert = 1)
     expert_groups: list | None = None  # [(experts, width), ...]: widths mixed in a layer; sets n_expert
     d_shared: int = 0             # width of a shared expert that every token visits; 0: none
@@ -100,28 +53,12 @@ class ModelConfig:
     norm_eps: float = 1e-6        # added to the mean square inside RMSNorm
     qk_norm: bool = True          # RMSNorm over each head's queries and keys
     tie_embeddings: bool = True   # the output head is the embedding table
-    router: str = "softmax"       # routing policy, a name in router.POLICIES
-    renormalize: bool = True      # the K combine weights sum to 1
-    top_p: float = 0.6            # router "top_p": experts are taken, likeliest first, up to this much probability
-    router_noise: float = 0.0     # std of Gaussian noise on the logits the experts are chosen by, in training only
-    capacity_factor: float | None = None       # in training an expert takes at most this times an even share; None: all
-    eval_capacity_factor: float | None = None  # the same outside training
-    balance_scope: str = "micro_batch"  # the balance loss counts a "micro_batch", each "sequence" or the "global" batch
-    bias_rate: float = 0.0        # step of the selection bias that evens the load without a loss; 0: no bias
-    aux_coef: float = 0.01        # weight of the load-balancing loss
-    z_coef: float = 0.001         # weight of the router z-loss
-    recompute: bool = False       # attention and expert activations made again in backward; routing kept
     init_scale: float = 1.0       # weights start at std sqrt(init_scale / fan_in): table in init_std
+    recompute: bool = False       # attention and expert activations made again in backward; routing kept (Part 2)
 
     def __post_init__(self):
-        if self.expert_groups is not None:
-            pairs = self.expert_groups
-            whole = lambda n: isinstance(n, (int, float)) and 0 < n < 2**31 and n == int(n)
-            require(isinstance(pairs, list) and len(pairs) > 0
-                    and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
-                    and all(whole(n) for pair in pairs for n in pair),
-                    f"expert_groups = {pairs} must be a list of (experts, width) pairs, such as [(16, 256), (32, 128)]")
-            self.expert_groups = [(int(n), int(width)) for n, width in pairs]  # JSON has lists
+        if self.expert_groups:
+            self.expert_groups = [(n, width) for n, width in self.expert_groups]      # JSON has lists
             self.n_expert = sum(n for n, _ in self.expert_groups)
 
     @property
@@ -134,58 +71,294 @@ class ModelConfig:
         """Hidden units a token passes in a feed-forward: K experts of the mean width, and the shared one."""
         return self.top_k * sum(n * width for n, width in self.widths) // self.n_expert + self.d_shared
 
-    def validate(self) -> None:
-        """Raise BadInput at the first value no model can have."""
-        for name in ("n_layer", "d_model", "n_head", "n_kv_head", "d_head", "n_expert", "top_k", "d_expert",
-                     "vocab_size", "seq_len", "max_seq_len", "rope_base", "norm_eps", "init_scale"):
-            require(0 < getattr(self, name) < 2**31, f"{name} = {getattr(self, name)} must be positive, below 2**31")
-        for name in ("aux_coef", "z_coef", "bias_rate", "router_noise", "d_shared", "first_dense_layers"):
-            require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)} must not be negative")
-        require(self.top_k <= self.n_expert, f"top_k = {self.top_k} must be 1 to n_expert = {self.n_expert}")
-        require(self.n_head % self.n_kv_head == 0,
-                f"n_head = {self.n_head} must be a multiple of n_kv_head = {self.n_kv_head}")
-        require(self.d_head % 2 == 0, f"d_head = {self.d_head} must be even, rotary positions turn pairs")
-        require(self.seq_len <= self.max_seq_len,
-                f"seq_len = {self.seq_len} must not exceed max_seq_len = {self.max_seq_len}")
-        wide = max(n * 2 * width for n, width in self.widths)
-        require(max(wide, self.vocab_size, self.n_head * self.d_head) * self.d_model < 2**60,
-                "a matrix of this model has over 10^18 numbers: make it smaller")
-        require(self.router in POLICIES,
-                f"router = {self.router!r} is not one of {', '.join(POLICIES)}{closest(self.router, POLICIES)}")
-        require(self.router != "switch" or self.top_k == 1, f"router = 'switch' visits one expert: set top_k = 1, "
-                                                            f"not {self.top_k}")
-        require(self.bias_rate == 0 or self.router in ("softmax", "switch", "sigmoid"),
-                f"bias_rate = {self.bias_rate}: router = {self.router!r} has no bias to choose by")
-        require(self.router != "expert_choice" or self.capacity_factor is self.eval_capacity_factor is None,
-                "router = 'expert_choice' has a capacity of its own: leave capacity_factor and eval_capacity_factor")
-        scopes = ("micro_batch", "sequence", "global")
-        require(self.balance_scope in scopes,
-                f"balance_scope = {self.balance_scope!r} must be one of {', '.join(scopes)}")
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} = {value} must be positive, or None for no limit")
-        require(0 < self.top_p <= 1, f"top_p = {self.top_p} must be above 0, at most 1")
-        require(self.first_dense_layers < self.n_layer,
-                f"first_dense_layers = {self.first_dense_layers} must be 0 to n_layer - 1 = {self.n_layer - 1}")
-        require(self.d_shared == 0 or self.n_expert > 1, "d_shared needs experts: with n_expert = 1 widen d_expert")
-        require(self.d_shared > 0 or not self.shared_gate, "shared_gate = True needs a shared expert: set d_shared")
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis (Zhang 2019)."""
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
-def require(ok: bool, message: str) -> None:
-    if not ok:
-        raise BadInput(message)
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., i), weight (o, i) -> (..., o)."""
+    return F.linear(x, weight)
 
 
-# --- counting, before anything is allocated -------------------------------------------------------------------------
+def attend(x: Tensor, w: "Attention", rope: tuple[Tensor, Tensor], cache: "Cache | None") -> Tensor:
+    """softmax(q k^T / sqrt(d_head)) v, each token over itself and those before it: x (B, T, D) -> (B, T, D)."""
+    q, k, v = w.project(x, rope)
+    mask = None
+    if cache is not None:
+        k, v, mask = cache.append(w.layer, k, v)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and x.shape[1] > 1, enable_gqa=True)
+    return OPS.linear(y.transpose(1, 2).flatten(2), w.out.weight)
+
+
+def feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """W_out (silu(gate) * up), (gate, up) = W_in x, of a dense layer or of one expert: x (n, D) -> (n, D)."""
+    gate, up = OPS.linear(x, w_in).chunk(2, -1)
+    return OPS.linear(F.silu(gate) * up, w_out)
+
+
+def experts(x: Tensor, routing: Routing, w: "MoE") -> Tensor:
+    """y[n] = sum_k weight[n, k] * expert_e(x[n]), e the k-th expert of token n: x (N, D) -> (N, D)."""
+    blocks = x[routing.token].split(routing.counts.tolist())                     # in expert order, (R, D) together
+    rows = [feed_forward(block, w_in, w_out) for block, (w_in, w_out) in zip(blocks, w.pairs())]
+    rows = torch.cat(rows)[routing.slot]                                         # in token order, (N, K, D)
+    return (rows * routing.weights.unsqueeze(-1).to(rows.dtype)).sum(1)
+
+
+def loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, nats a token, of hidden states (N, D), head (V, D) and the tokens (N,) that come next."""
+    return F.cross_entropy(OPS.linear(x, head).float(), targets)
+
+
+class Ops(NamedTuple):
+    """What a faster version may replace, each with the same arguments and the same result."""
+
+    route: Callable[..., Routing]
+    rms_norm: Callable[..., Tensor]
+    linear: Callable[..., Tensor]
+    attend: Callable[..., Tensor]
+    experts: Callable[..., Tensor]
+    loss: Callable[..., Tensor]
+
+
+PLAIN = Ops(route, rms_norm, linear, attend, experts, loss)
+OPS = PLAIN                       # the one place: the last line of Part 2 puts the fast ones here
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return OPS.rms_norm(x, self.weight, self.eps)
+
+
+def rope_tables(start: int | Tensor, length: int, config: ModelConfig, device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * base^(-2i / d_head), (T, d_head / 2) float32 each, for T positions from start."""
+    i = torch.arange(0, config.d_head, 2, device=device, dtype=torch.float32)
+    position = start + torch.arange(length, device=device, dtype=torch.float32)
+    angle = position[:, None] * config.rope_base ** (-i / config.d_head)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x_i, x_{i + d_head/2}) of x (B, H, T, d_head) by its angle: q.k then sees only the distance."""
+    cos, sin = (table.to(x.dtype) for table in rope)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class Cache:
+    """Keys and values of the tokens read so far, a (B, H_kv, length, d_head) tensor a layer: a token costs one step."""
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, device, dtype):
+        assert length <= config.max_seq_len, f"{length} positions, and max_seq_len is {config.max_seq_len}"
+        shape = (batch, config.n_kv_head, length, config.d_head)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros_like(k) for k in self.k]
+        self.used = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keep k and v (B, H_kv, T, d_head); returns all so far, and what the new tokens see of it (None: causal)."""
+        T, end = k.shape[2], self.used + k.shape[2]
+        self.k[layer][:, :, self.used:end] = k
+        self.v[layer][:, :, self.used:end] = v
+        mask = None
+        if self.used > 0 and T > 1:                                              # all before them, and themselves
+            mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(self.used)
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end], mask
+
+
+class Attention(nn.Module):
+    """The weights of `attend`. H query heads share H_kv heads of keys and values, H / H_kv each."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        c = config
+        self.heads = (c.n_head, c.n_kv_head, c.n_kv_head)
+        self.qkv = nn.Linear(c.d_model, sum(self.heads) * c.d_head, bias=False)
+        self.out = nn.Linear(c.n_head * c.d_head, c.d_model, bias=False)
+        norm = RMSNorm if c.qk_norm else nn.Identity
+        self.q_norm = norm(c.d_head, c.norm_eps)
+        self.k_norm = norm(c.d_head, c.norm_eps)
+        self.config, self.layer = c, layer
+
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) -> queries (B, H, T, d_head) and keys, turned to their positions, and values, (B, H_kv, ...)."""
+        qkv = OPS.linear(x, self.qkv.weight).unflatten(-1, (-1, self.config.d_head))
+        q, k, v = qkv.split(self.heads, 2)                                       # (B, T, H or H_kv, d_head)
+        q, k, v = (t.transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))
+        return rotate(q, rope), rotate(k, rope), v
+
+
+class Dense(nn.Module):
+    """The feed-forward without experts."""
+
+    def __init__(self, d_model: int, width: int):
+        super().__init__()
+        self.w_in = nn.Parameter(torch.empty(2 * width, d_model))                # gate rows, then up rows
+        self.w_out = nn.Parameter(torch.empty(d_model, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return feed_forward(x, self.w_in, self.w_out)
+
+
+class MoE(nn.Module):
+    """E feed-forwards, each token visits K, and a shared one if there is one. Experts may differ in width: w_in and
+    w_out hold a tensor a width, and experts are numbered through them in order."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        E, D = config.n_expert, config.d_model
+        self.gate = nn.Parameter(torch.empty(E, D))
+        self.w_in = nn.ParameterList(torch.empty(n, 2 * width, D) for n, width in config.widths)   # gate, then up rows
+        self.w_out = nn.ParameterList(torch.empty(n, D, width) for n, width in config.widths)
+        if config.d_shared:
+            self.shared = Dense(D, config.d_shared)
+        if config.shared_gate:
+            self.shared_gate = nn.Parameter(torch.empty(1, D))
+        counted = config.bias_rate > 0 or config.balance_scope == "global"
+        self.register_buffer("bias", torch.zeros(E) if config.bias_rate else None)
+        self.register_buffer("load", torch.zeros(E, dtype=torch.int64) if counted else None, persistent=False)
+        self.config = config
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """W_in (2F, D) and W_out (D, F) of each expert."""
+        for w_in, w_out in zip(self.w_in, self.w_out):
+            yield from zip(w_in, w_out)
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Routing]:
+        """x (B, T, D); ids (B, T) are the tokens themselves, for routers that look at them."""
+        flat = x.flatten(0, 1)                                                   # (N, D)
+        context = Context(ids.flatten(), x.shape[1], self.training, self.bias, self.load)
+        with torch.autocast(x.device.type, enabled=False):        # float32 always: rounding would turn near ties around
+            routing = OPS.route(OPS.linear(flat.float(), self.gate.float()), self.config, context)
+        if self.training and self.load is not None:
+            self.load += routing.demand
+        y = OPS.experts(flat, routing, self)
+        if self.config.d_shared:
+            gate = OPS.linear(flat, self.shared_gate).sigmoid() if self.config.shared_gate else 1
+            y = y + gate * self.shared(flat)
+        return y.view_as(x), routing
+
+    @torch.no_grad()
+    def end_step(self, skipped: Tensor) -> None:
+        """Once an optimizer step: move the selection bias by the load of its whole batch, then count anew.
+        skipped () is 1 where the step was not taken (a loss was not finite): its load moves nothing."""
+        if self.bias is not None:
+            moved = update_bias(self.bias.clone(), self.load, self.config.bias_rate)
+            self.bias.copy_(torch.where(skipped > 0, self.bias, moved))
+        if self.load is not None:
+            self.load.zero_()
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config, layer)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.moe = config.n_expert > 1 and layer >= config.first_dense_layers
+        self.ffn = MoE(config) if self.moe else Dense(config.d_model, config.active_width)
+
+    def forward(self, x: Tensor, ids: Tensor, rope: tuple, cache: Cache | None) -> tuple[Tensor, Routing | None]:
+        x = x + OPS.attend(self.attn_norm(x), self.attn, rope, cache)
+        h = self.ffn_norm(x)
+        y, routing = self.ffn(h, ids) if self.moe else (self.ffn(h), None)
+        return x + y, routing
+
+
+class Output(NamedTuple):
+    """What one forward pass found. Without targets: logits. With: the losses, kept apart, each a float32 scalar."""
+
+    logits: Tensor | None       # (B, T, V), or (B, 1, V) of the last token alone
+    ce: Tensor | None           # cross-entropy, nats per token
+    balance: Tensor | None      # balance loss, mean over layers; 0 in a dense model
+    z: Tensor | None            # router z-loss, mean over layers; 0 in a dense model
+    stats: dict[str, Tensor]    # router statistics, a row a layer: load (L, E), entropy (L,), ...; empty if dense
+
+
+class Model(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embed.weight if self.config.tie_embeddings else self.head.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None,
+                last: bool = False) -> Output:
+        """tokens (B, T) int64; targets (B, T) are the tokens that come next. A cache continues where it stands."""
+        length = tokens.shape[1]
+        assert length <= self.config.max_seq_len, "more positions than max_seq_len"
+        rope = rope_tables(cache.used if cache else 0, length, self.config, tokens.device)
+        x = self.embed(tokens)                                                   # (B, T, D)
+        routings = []
+        for block in self.blocks:
+            x, routing = block(x, tokens, rope, cache)
+            routings += [routing] if routing else []
+        if cache:
+            cache.used += length
+        x = self.norm(x)
+        names = routings[0].stats if routings else ()
+        stats = {name: torch.stack([r.stats[name] for r in routings]) for name in names}
+        if targets is None:
+            return Output(OPS.linear(x[:, -1:] if last else x, self.head_weight), None, None, None, stats)
+        ce = OPS.loss(x.flatten(0, 1), self.head_weight, targets.flatten())
+        zero = [ce.new_zeros(())]
+        balance, z = (torch.stack([r.losses[n] for r in routings] or zero).mean() for n in ("balance", "z"))
+        return Output(None, ce, balance, z, stats)
+
+    def end_step(self, skipped: Tensor) -> None:
+        """What the routers learn without a gradient, once an optimizer step: see MoE.end_step."""
+        for block in self.blocks:
+            if block.moe:
+                block.ffn.end_step(skipped)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> "Model":
+        """Fill every parameter by init_std, in order, from one seeded generator: the same weights on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            std = init_std(name, p, self.config)
+            if std is None:
+                nn.init.ones_(p)
+            else:
+                p.copy_(nn.init.trunc_normal_(torch.empty(p.shape), 0, std, -2 * std, 2 * std, generator=generator))
+        return self
+
+
+def init_std(name: str, p: Tensor, config: ModelConfig) -> float | None:
+    """Standard deviation a parameter starts with; None: it starts at one.
+
+    norm weights                              1
+    embed, head, attn.qkv, gates, every w_in  sqrt(init_scale / D)
+    attn.out, every w_out                     sqrt(init_scale / fan_in) / sqrt(2 L)
+    Normal, cut at two deviations, variance a fraction of 1 / fan_in (Switch 2021: 0.1 is steady when sparse). The two
+    that write to the residual stream shrink with depth, so that its variance does not grow with it (GPT-2).
+    """
+    if p.dim() == 1:
+        return None
+    std = math.sqrt(config.init_scale / p.shape[-1])                             # fan_in is every matrix's last axis
+    return std / math.sqrt(2 * config.n_layer) if "attn.out" in name or "w_out" in name else std
 
 
 def count(config: ModelConfig) -> dict[str, int]:
     """Parameters and training FLOPs, read off the real modules on the meta device (no memory is touched).
 
-    total, active      with tied embeddings; active are those one token touches: K of the E experts, all else
-    *_untied           the same with a separate output head
-    embedding          one V x D table
-    flops_per_token    forward + backward, a multiply-add is 2: see training_flops
+    total, active     with tied embeddings (*_untied: with a head of its own); active are those one token touches
+    flops_per_token   forward 2 an active parameter (a multiply-add is 2; looking a row up costs nothing, so the table
+                      counts once, as the head), and 2 * 2 * H * d_head * T / 2 a layer for q k^T and its product with v
+                      over T / 2 earlier tokens on average; backward twice that
     """
     with torch.device("meta"):
         sizes = {name: p.numel() for name, p in Model(config).named_parameters()}
@@ -194,72 +367,67 @@ def count(config: ModelConfig) -> dict[str, int]:
     expert = sum(n for name, n in sizes.items() if ".ffn.w_in." in name or ".ffn.w_out." in name)
     total = sum(sizes.values()) + embedding
     active = total - expert + expert * config.top_k // config.n_expert
-    return {"total": total, "active": active, "total_untied": total + embedding, "active_untied": active + embedding,
-            "embedding": embedding, "flops_per_token": training_flops(config, active)}
-
-
-def training_flops(config: ModelConfig, active: int) -> int:
-    """6 FLOPs a token and active parameter, plus causal attention over T / 2 earlier tokens on average.
-
-    Forward: 2 per parameter; q k^T and its product with v are 2 * 2 * H * d_head * T / 2 a layer. Backward: twice that.
-    The embedding counts once, as the output head: looking a row up costs nothing.
-    """
     attention = 6 * config.n_layer * config.n_head * config.d_head * config.seq_len
-    return 6 * active + attention
+    return {"total": total, "active": active, "total_untied": total + embedding, "active_untied": active + embedding,
+            "embedding": embedding, "flops_per_token": 6 * active + attention}
 
 
-LOGIT_BYTES = 256 * 2**20     # the loss works through the vocabulary in pieces of this size: see LinearCrossEntropy
+def next_logits(model: Model, tokens: Tensor, cache: Cache) -> Tensor:
+    """Logits (B, V) of the token after tokens (B, T), which come after those in the cache."""
+    return model(tokens, cache=cache, last=True).logits[:, -1]
 
 
-def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") -> dict[str, int]:
-    """Bytes one training step needs, item by item. Master weights, gradients and AdamW's two moments are float32.
+@torch.inference_mode()
+def generate(model: Model, prompt: Tensor, n_token: int, temperature: float = 0.8, top_k: int = 50, seed: int = 1,
+             n_vocab: int | None = None, step: Callable[..., Tensor] = next_logits) -> Iterator[Tensor]:
+    """Yield n_token times the next token (B,) of each row of a prompt (B, T), drawn from the top_k likeliest.
 
-    Activations are what autograd keeps for the backward pass, layer by layer, plus the temporaries of the one layer
-    being worked on; logits are the pieces LinearCrossEntropy holds at once.
+    Ids from n_vocab on (padding of the vocabulary) are never drawn. step may be a faster one: Part 2's Decoder.
     """
-    c, sizes = config, count(config)
-    params = sizes["total"] if c.tie_embeddings else sizes["total_untied"]
-    tokens, wide = micro_batch * c.seq_len, 2 if dtype == "bfloat16" else 4
-    query, key = c.n_head * c.d_head, c.n_kv_head * c.d_head
-    n_dense = c.n_layer if c.n_expert == 1 else c.first_dense_layers
-    kept = c.n_layer * (2 * c.d_model * 4 + 2 * c.d_model * 4)                   # input and norm, twice a block
-    kept += n_dense * 4 * c.active_width * wide                                  # gate, up, silu and their product
-    kept += (c.n_layer - n_dense) * (4 * (3 * c.n_expert + 8 * c.top_k) + 4 * c.d_shared * wide)   # router; shared
-    attention = (2 * (query + 2 * key) + 2 * query) * wide                       # q k v; q k with RoPE; y, twice
-    slots = 2 if c.router == "expert_choice" else 1                              # it has room for 2K choices a token
-    routed = 0 if c.n_expert == 1 else slots * 2 * (c.active_width - c.d_shared) * wide      # pre-activation
-    working = slots * (c.top_k * 2 * c.d_model + 5 * c.active_width) * wide      # gathered rows and their gradients
-    if c.recompute:
-        working += attention + routed
-    else:
-        kept += c.n_layer * attention + (c.n_layer - n_dense) * routed
-    table = c.vocab_size * c.d_model * 4
-    logits = min(LOGIT_BYTES, tokens * c.vocab_size * 4) + table                 # a piece, and the table's gradient;
-    logits *= 1 if wide == 4 else 2                                              # with bfloat16 also copies of both
-    parts = {"weights": 4 * params, "gradients": 4 * params, "optimizer": 8 * params,
-             "activations": tokens * (kept + working), "logits": logits}
-    return parts | {"total": sum(parts.values())}
+    weight, tokens = model.embed.weight, prompt
+    cache = Cache(model.config, len(prompt), prompt.shape[1] + n_token, weight.device, weight.dtype)
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    for _ in range(n_token):
+        logits = step(model, tokens.to(weight.device), cache)[:, :n_vocab].float()
+        tokens = sample(logits, temperature, top_k, generator)
+        yield tokens[:, 0]
 
 
-class Card(NamedTuple):
-    memory: float       # bytes
-    bandwidth: float    # bytes/s of that memory
-    bfloat16: float     # FLOP/s of dense matrix products, summed in float32
-    float32: float      # FLOP/s without tensor cores
+def sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """The next token (B, 1), drawn from the top_k likeliest of logits (B, V); temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    values, ids = logits.topk(min(top_k, logits.shape[1]))
+    return ids.gather(1, torch.multinomial((values / temperature).softmax(-1), 1, generator=generator))
 
 
-CARDS = {  # the vendors' data sheets. The bfloat16 rate of the 4060 and 4070 is taken as twice their float32 rate
-    "4060": Card(8e9, 272e9, 30e12, 15e12), "4070": Card(12e9, 504e9, 58e12, 29e12),
-    "4080": Card(16e9, 717e9, 97e12, 49e12), "3090": Card(24e9, 936e9, 71e12, 36e12),
-    "4090": Card(24e9, 1008e9, 165e12, 83e12), "L4": Card(24e9, 300e9, 121e12, 30e12),
-    "A10": Card(24e9, 600e9, 125e12, 31e12), "A100-40": Card(40e9, 1555e9, 312e12, 19.5e12),
-    "L40S": Card(48e9, 864e9, 362e12, 92e12), "A100-80": Card(80e9, 2039e9, 312e12, 19.5e12),
-    "H100": Card(80e9, 3350e9, 989e12, 67e12), "H200": Card(141e9, 4800e9, 989e12, 67e12),
-    "B200": Card(192e9, 8000e9, 2250e12, 80e12), "MI300X": Card(192e9, 5300e9, 1307e12, 163e12),
-}
+# === Part 2: the same, faster =====================================================================================
+# The six entries once more, and a table for each way to run: FAST; COMPILED, where torch.compile fuses what FAST does
+# by hand; DECODE, for a compiled step of writing text. Each is tested against the plain one, with every gradient.
+
+import contextlib
+
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from router import combine, constexpr, fast_route, gather, jit, tl, triton, use_kernels
 
 
-# --- matrix products: by which library ------------------------------------------------------------------------------
+def use(ops: Ops) -> None:
+    """Run the model by this table from here on."""
+    global OPS
+    OPS = ops
+
+
+@contextlib.contextmanager
+def using(ops: Ops) -> Iterator[None]:
+    """Run the model by this table, until the block ends."""
+    before = OPS
+    use(ops)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -268,71 +436,21 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+# --- a CPU in float32: RMSNorm, and products by oneDNN ---
+# torch.mm is MKL there. oneDNN, which is in torch too, is up to twice as fast on an AMD processor with AVX-512 (see
+# results/product_cpu.json), and level on others. It compiles a kernel for each shape, so it gets whole tiles alone.
+
 TILE = 16            # sizes that oneDNN is given are multiples of it
 AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def has_onednn(x: Tensor, w: Tensor) -> bool:
-    """Where oneDNN multiplies, not MKL (torch.mm): both are in torch, and on an AMD processor with AVX-512 oneDNN is
-    twice as fast (results/product_cpu.json). It compiles a kernel for each shape, so it gets whole tiles alone."""
-    whole = x.numel() > 0 and not (x.shape[0] % TILE or x.shape[1] % TILE or len(w) % TILE)
-    return AVX512 and whole and compute_dtype(x) == w.dtype == torch.float32 and x.device.type == "cpu"
+def on_cpu(*tensors: Tensor) -> bool:
+    """Whether these are float32 on a CPU, and their products will be."""
+    return not torch.is_autocast_enabled("cpu") and all(t.dtype == torch.float32 and t.is_cpu for t in tensors)
 
 
-def onednn(x: Tensor, w: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-
-
-def keep_both(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def linear_backward(ctx, dy):
-    x, w = ctx.saved_tensors
-    return linear(dy, w.t()), weight_gradient(dy, x)
-
-
-onednn_linear = torch.library.custom_op("moe::linear", onednn, mutates_args=())     # for autograd and torch.compile
-onednn_linear.register_fake(lambda x, w: x.new_empty(len(x), len(w)))
-onednn_linear.register_autograd(linear_backward, setup_context=keep_both)
-
-
-def linear(x: Tensor, w: Tensor) -> Tensor:
-    """F.linear, x (n, ..., i) @ w (o, i).T, by the faster library. A single row in a compiled step of writing text gets
-    none: torch.compile fuses the sum with what is around it, and the call to a library would cost more."""
-    if x.dim() > 2:
-        return linear(x.flatten(0, -2), w).unflatten(0, x.shape[:-1])
-    compiling, learns = torch.compiler.is_compiling(), torch.is_grad_enabled()
-    if compiling and len(x) == 1 and not learns and compute_dtype(x) == x.dtype == w.dtype:
-        return (x * w).sum(1, keepdim=True).t()
-    if not has_onednn(x, w):
-        return F.linear(x, w)
-    return onednn_linear(x, w) if compiling or learns else onednn(x, w)
-
-
-def weight_gradient(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """dy (n, o).T @ x (n, i), by the faster library. oneDNN needs dy turned first: that pays in large products."""
-    if dy.numel() * x.shape[1] < 2**25 or not has_onednn(dy.t(), x.t()):
-        return torch.mm(dy.t(), x, out=out)
-    dw = linear(dy.t().contiguous(), x.t())
-    return dw if out is None else out.copy_(dw)
-
-
-# --- the parts ------------------------------------------------------------------------------------------------------
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last axis (Zhang 2019)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        plain = x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu"
-        if plain and not torch.compiler.is_compiling():
-            return Normalize.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+def fast_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return Normalize.apply(x, weight, eps) if on_cpu(x, weight) else rms_norm(x, weight, eps)
 
 
 class Normalize(torch.autograd.Function):
@@ -344,7 +462,8 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         size = x.shape[-1]
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()     # 1 / rms
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(size).add_(eps).rsqrt_()                     # 1 / rms
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
@@ -354,321 +473,175 @@ class Normalize(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         n = torch.mul(x, scale, out=torch.empty_like(x, memory_format=torch.contiguous_format))
         p = torch.mul(dy, n, out=torch.empty_like(n))
-        rows = p.view(-1, len(weight))                                                 # (N, size)
+        rows = p.view(-1, len(weight))                                           # (N, size)
         with torch.autocast("cpu", enabled=False):
-            mean = (rows @ weight).div_(len(weight))
-        mean, dweight = mean.view(scale.shape), rows.sum(0)
+            mean = (rows @ weight).div_(len(weight)).view(scale.shape)
+        dweight = rows.sum(0)
         return torch.mul(dy, weight, out=p).addcmul_(n, mean, value=-1).mul_(scale), dweight, None
 
 
-def rope_tables(start: int | Tensor, length: int, config: ModelConfig, device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2i / d_head), (T, d_head / 2) float32 each, for T positions from start."""
-    i = torch.arange(0, config.d_head, 2, device=device, dtype=torch.float32)
-    position = start + torch.arange(length, device=device, dtype=torch.float32)
-    angle = position[:, None] * config.rope_base ** (-i / config.d_head)
-    return angle.cos(), angle.sin()
+def has_onednn(x: Tensor, w: Tensor) -> bool:
+    """Whether oneDNN multiplies x (n, i) @ w (o, i).T: in float32 on a CPU with AVX-512, whole tiles alone."""
+    whole = x.numel() > 0 and not (x.shape[0] % TILE or x.shape[1] % TILE or len(w) % TILE)
+    return AVX512 and whole and on_cpu(x, w)
 
 
-class Rope(torch.autograd.Function):
-    """Turn each pair (x_i, x_{i + d_head/2}) of x (B, H, T, d_head) by its angle: q.k then sees only the distance.
-
-    The gradient of a rotation is the rotation back, so nothing needs to be kept for it but the angles.
-    """
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return rotate(x, cos.to(x.dtype), sin.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, dy):
-        cos, sin = ctx.saved_tensors
-        return rotate(dy, cos.to(dy.dtype), -sin.to(dy.dtype)), None, None
+def onednn(x: Tensor, w: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, -1)
-    if torch.compiler.is_compiling():                              # it fuses this and does not take halves as out=
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    y = torch.empty_like(x)
-    left, right = y.chunk(2, -1)
-    torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=right).addcmul_(a, sin)
-    return y
+def linear_backward(ctx, dy):
+    x, w = ctx.saved_tensors
+    return fast_linear(dy, w.t()), weight_gradient(dy, x)
 
 
-class Cache:
-    """Keys and values of the tokens read so far, a (B, H_kv, length, d_head) tensor a layer: a token costs one step.
-
-    `used` counts them. Once it is a tensor (see Decoder) every step has the same shapes: a token attends to the whole
-    buffer, and a mask hides what is not written yet. Why a tensor a layer: torch.compile writes in place into a tensor
-    it is given, but to write into a slice of one it copies all of it, at every step.
-    """
-
-    def __init__(self, config: ModelConfig, batch: int, length: int, device, dtype):
-        shape = (batch, config.n_kv_head, length, config.d_head)
-        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-                          for _ in range(2))
-        self.used: int | Tensor = 0
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keep k and v (B, H_kv, T, d_head); returns all so far, and what the new tokens see of it (None: causal)."""
-        T, keys, values = k.shape[2], self.k[layer], self.v[layer]
-        if isinstance(self.used, Tensor):
-            keys.index_copy_(2, self.used.view(1), k), values.index_copy_(2, self.used.view(1), v)
-            return keys, values, (torch.arange(keys.shape[2], device=k.device) <= self.used)[None]
-        end = self.used + T
-        keys[:, :, self.used:end], values[:, :, self.used:end] = k, v
-        after_others = self.used > 0 and T > 1                        # new tokens see all before them and themselves
-        mask = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(self.used) if after_others else None
-        return keys[:, :, :end], values[:, :, :end], mask
+onednn_linear = torch.library.custom_op("moe::linear", onednn, mutates_args=())  # for autograd and torch.compile
+onednn_linear.register_fake(lambda x, w: x.new_empty(len(x), len(w)))
+onednn_linear.register_autograd(linear_backward, setup_context=lambda ctx, inputs, output:
+                                ctx.save_for_backward(*inputs))
 
 
-class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        c = config
-        self.heads = (c.n_head, c.n_kv_head, c.n_kv_head)
-        self.qkv = nn.Linear(c.d_model, sum(self.heads) * c.d_head, bias=False)
-        self.out = nn.Linear(c.n_head * c.d_head, c.d_model, bias=False)
-        if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.d_head, c.norm_eps), RMSNorm(c.d_head, c.norm_eps)
-        self.d_head, self.qk_norm = c.d_head, c.qk_norm
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, layer: int) -> Tensor:
-        B, T, _ = x.shape
-        q, k, v = linear(x, self.qkv.weight).view(B, T, -1, self.d_head).split(self.heads, 2)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                               # (B, H or H_kv, T, d_head)
-        q, k = Rope.apply(q, cos, sin), Rope.apply(k, cos, sin)
-        mask = None
-        if cache is not None:
-            k, v, mask = cache.append(layer, k, v)
-        if torch.compiler.is_compiling() and T == 1 and mask is not None:
-            y = attend_one(q, k, v, mask)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)
-        return linear(y.transpose(1, 2).reshape(B, T, -1), self.out.weight)
+def fast_linear(x: Tensor, w: Tensor) -> Tensor:
+    """`linear` by the faster library."""
+    if x.dim() > 2:
+        return fast_linear(x.flatten(0, -2), w).unflatten(0, x.shape[:-1])
+    return onednn_linear(x, w) if has_onednn(x, w) else F.linear(x, w)
 
 
-def attend_one(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d_head)) v for one token a sequence, q (B, H, 1, d_head), over a whole buffer, k and v
-    (B, H_kv, length, d_head), of which seen (1, length) is written. For torch.compile: a few loops, where a library
-    would first repeat k and v for every query head."""
-    query = q.unflatten(1, (k.shape[1], -1)).float()                                   # (B, H_kv, H / H_kv, 1, d_head)
-    scores = (query * k.unsqueeze(2)).sum(-1) * q.shape[-1] ** -0.5                    # (B, H_kv, H / H_kv, length)
-    p = scores.where(seen, -math.inf).softmax(-1)
-    return (p.unsqueeze(-1) * v.unsqueeze(2)).sum(-2, keepdim=True).flatten(1, 2).to(q.dtype)
+def weight_gradient(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """dy (n, o).T @ x (n, i), by the faster library. oneDNN needs dy turned first: that pays in large products."""
+    large = dy.numel() * x.shape[1] >= 2**25 and has_onednn(dy.t(), x.t())
+    if not large and (out is None or out.dtype == dy.dtype):
+        return torch.mm(dy.t(), x, out=out)
+    dw = fast_linear(dy.t().contiguous(), x.t()) if large else dy.t() @ x
+    return dw if out is None else out.copy_(dw)
 
 
-class Dense(nn.Module):
-    """The feed-forward without experts: w_down (silu(w_gate x) * w_up x)."""
-
-    def __init__(self, d_model: int, width: int):
-        super().__init__()
-        self.w_in = nn.Parameter(torch.empty(2 * width, d_model))                      # gate rows, then up rows
-        self.w_out = nn.Parameter(torch.empty(d_model, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = linear(x, self.w_in).chunk(2, -1)
-        return linear(F.silu(gate) * up, self.w_out)
+# --- attention ---
 
 
-class MoE(nn.Module):
-    """E feed-forwards, each token visits K: y = sum_k weight_k * expert_k(x), plus a shared one if there is one.
-
-    Experts may differ in width: w_in and w_out hold a tensor a width, and experts are numbered through them in order.
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        E, D = config.n_expert, config.d_model
-        self.gate = nn.Parameter(torch.empty(E, D))
-        self.w_in = nn.ParameterList(torch.empty(n, 2 * width, D) for n, width in config.widths)  # gate, then up rows
-        self.w_out = nn.ParameterList(torch.empty(n, D, width) for n, width in config.widths)
-        if config.d_shared:
-            self.shared = Dense(D, config.d_shared)
-        if config.shared_gate:
-            self.shared_gate = nn.Parameter(torch.empty(1, D))
-        counted = config.bias_rate > 0 or config.balance_scope == "global"
-        self.register_buffer("bias", torch.zeros(E) if config.bias_rate else None)
-        self.register_buffer("load", torch.zeros(E, dtype=torch.int64) if counted else None, persistent=False)
-        self.config = config
-
-    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Routing]:
-        """x (B, T, D); ids (B, T) are the tokens themselves, for routers that look at them."""
-        flat = x.reshape(-1, x.shape[-1])                                              # (N, D)
-        context = Context(ids.flatten(), x.shape[1], self.training, self.bias, self.load)
-        with torch.autocast(x.device.type, enabled=False):        # float32 always: rounding would turn near ties around
-            r = route(linear(flat.float(), self.gate.float()), self.config, context)
-        if self.training and self.load is not None:
-            self.load += r.demand
-        flat = flat.to(compute_dtype(x))
-        matrices = [w for pair in zip(self.w_in, self.w_out) for w in pair]
-        if torch.compiler.is_compiling() and x.shape[1] == 1 and not torch.is_grad_enabled():
-            y = few_tokens(flat, r.weights, r.experts, *matrices)
-        elif len(flat) == 1 and not torch.is_grad_enabled() and not x.is_cuda:
-            y = one_token(flat[0], r.weights[0].tolist(), r.experts[0].tolist(), *matrices)
-        else:
-            y = experts(flat, r.weights, r.token, r.slot, r.offsets, not self.config.recompute, *matrices)
-        if self.config.d_shared:
-            shared = self.shared(flat)
-            y = y + (shared * F.linear(flat, self.shared_gate).sigmoid() if self.config.shared_gate else shared)
-        return y.view_as(x), r
-
-    @torch.no_grad()
-    def end_step(self, skipped: Tensor) -> None:
-        """Once an optimizer step: move the selection bias by the load of its whole batch, then count anew.
-
-        skipped () is 1 where the step was not taken (a loss was not finite): its load moves nothing.
-        """
-        if self.bias is not None:
-            moved = update_bias(self.bias.clone(), self.load, self.config.bias_rate)
-            self.bias.copy_(torch.where(skipped > 0, self.bias, moved))
-        if self.load is not None:
-            self.load.zero_()
+def fast_attend(x: Tensor, w: Attention, rope: tuple, cache: Cache | None) -> Tensor:
+    """`attend`, which keeps nothing for backward but x if config.recompute asks for it."""
+    if w.config.recompute and torch.is_grad_enabled():
+        return checkpoint(attend, x, w, rope, cache, use_reentrant=False)
+    return attend(x, w, rope, cache)
 
 
-def few_tokens(x: Tensor, weights: Tensor, experts: Tensor, *matrices: Tensor) -> Tensor:
-    """The layer for the few tokens x (N, D) of a step of writing text, for torch.compile: no rows to sort, no loop.
-
-    Uncompiled, w[experts] would copy K experts a token; the compiler multiplies them where they lie. An expert of
-    another width counts with weight 0.
-    """
-    y, first = torch.zeros_like(x), 0
-    for w_in, w_out in zip(matrices[::2], matrices[1::2]):
-        e = (experts - first).clamp(0, len(w_in) - 1)                                  # (N, K)
-        weight = weights * (e == experts - first)
-        gate, up = (w_in[e].to(x.dtype) * x[:, None, None]).sum(-1).chunk(2, -1)       # (N, K, F)
-        a = F.silu(gate) * up * weight.unsqueeze(-1).to(x.dtype)
-        y, first = y + (w_out[e].to(x.dtype) * a[:, :, None]).sum(-1).sum(1), first + len(w_in)
-    return y
-
-
-def one_token(x: Tensor, weights: list[float], experts: list[int], *matrices: Tensor) -> Tensor:
-    """The layer for a single token x (D,) of text being written on a CPU: K matrix-vector products, no rows to sort."""
-    y = torch.zeros_like(x)
-    for weight, e in zip(weights, experts):
-        for w_in, w_out in zip(matrices[::2], matrices[1::2]):
-            if 0 <= e < len(w_in) and weight != 0:
-                gate, up = (w_in[e].to(x.dtype) @ x).chunk(2)
-                y.addmv_(w_out[e].to(x.dtype), F.silu(gate).mul_(up), alpha=weight)
-            e -= len(w_in)
-    return y
+# --- the expert layer ---
 
 
 @torch.compiler.disable           # fused by hand already, and the rows of an expert change at every step
-def experts(x: Tensor, weights: Tensor, token: Tensor, slot: Tensor, offsets: Tensor, keep: bool, *matrices) -> Tensor:
-    """y[n] = sum_k weight[n, k] W_out[e] (silu(g) * u), with (g, u) = W_in[e] x[n] and e the k-th expert of token n.
-
-    x (N, D); weights, token, slot and offsets as Routing has them; matrices W_in, W_out of each width in turn. Autograd
-    would keep the gathered rows, the activation and every expert's output. Written by hand, only x, the pre-activation
-    h and the weights stay (without keep not even h): the rest is cheap to make again, and a combine weight's gradient
-    needs no output, since <dy, W_out a> = <W_out^T dy, a>.
-    """
-    rows = len(token) / len(offsets)                                                   # of an expert, on average
-    at_once = all(has_grouped_mm(x, w_out.shape[2], rows) for w_out in matrices[1::2])
-    return (AtOnce if at_once else OneByOne).apply(x, weights, token, slot, offsets, keep, *matrices)
+def fast_experts(x: Tensor, routing: Routing, w: MoE) -> Tensor:
+    """`experts`, its backward written by hand, in the precision of autocast."""
+    matrices = [matrix for width in zip(w.w_in, w.w_out) for matrix in width]
+    r = routing
+    return Experts.apply(x.to(compute_dtype(x)), r.weights, r.token, r.slot, r.offsets, w.config.recompute, *matrices)
 
 
-class OneByOne(torch.autograd.Function):
-    """Expert by expert: the few rows of one stay in the processor's cache from the first product to the last."""
+class Experts(torch.autograd.Function):
+    """Autograd would keep the copied tokens, the activations and every expert's output. Kept here: x, the combine
+    weights and the pre-activations h, or with recompute not even those. The rest is cheap to make again, and a combine
+    weight's gradient needs no output, since <dy, W_out a> = <W_out^T dy, a>. matrices: W_in and W_out of each width."""
 
     @staticmethod
-    def forward(ctx, x, weights, token, slot, offsets, keep, *matrices):
-        weight, source = by_row(weights, x, token), token // slot.shape[1]
-        y, kept = x.new_empty(len(token), x.shape[1]), []
-        for n, rows, w1, w2 in each_expert(x, offsets, matrices):
-            h = linear(x.index_select(0, source[rows]), w1)                            # (rows, 2F)
-            y[rows][:n] = linear(swiglu(h, weight[rows]), w2)[:n]
-            kept += [h] if keep else []
+    def forward(ctx, x, weights, token, slot, offsets, recompute, *matrices):
+        weight = x.new_empty(len(token), 1)                                      # of each row
+        weight[slot.flatten()] = weights.view(-1, 1).to(x.dtype)
+        y, kept = [], []
+        for p in pieces(x, token, slot, offsets, matrices):
+            h = product(p, take(p, x), p.w_in)                                   # (rows, 2F)
+            y.append(product(p, swiglu(h, weight[p.rows]), p.w_out)[:p.n])
+            kept += [] if recompute else [h]
         ctx.save_for_backward(x, weight, token, slot, offsets, *matrices, *kept)
         ctx.n_matrix = len(matrices)
-        return combine(y, slot)                                                        # (N, D)
+        return combine(joined(y), slot)                                          # (N, D)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, token, slot, offsets, *rest = ctx.saved_tensors
-        matrices, kept, source, dy = rest[:ctx.n_matrix], rest[ctx.n_matrix:], token // slot.shape[1], dy.to(x.dtype)
-        dx, dweight = x.new_empty(len(token), x.shape[1]), x.new_empty(len(token))
-        dmatrices = [torch.empty_like(w, dtype=x.dtype) for w in matrices]
-        dpairs = [dw for width in zip(dmatrices[::2], dmatrices[1::2]) for dw in zip(*width)]      # an expert each
-        for e, (n, rows, w1, w2) in enumerate(each_expert(x, offsets, matrices)):
-            x_e, dy_e = (t.index_select(0, source[rows]) for t in (x, dy))
-            dy_e[n:] = 0                                           # the next experts' rows, if finite, add nothing here
-            h = kept[e] if kept else linear(x_e, w1)
-            dh, a, dweight[rows] = swiglu_backward(h, linear(dy_e, w2.t()), weight[rows])
-            weight_gradient(dh, x_e, out=dpairs[e][0])
-            weight_gradient(dy_e, a, out=dpairs[e][1])
-            dx[rows][:n] = linear(dh, w1.t())[:n]
-        dmatrices = [dw.to(w.dtype) for dw, w in zip(dmatrices, matrices)]
-        return combine(dx, slot), dweight.float()[slot], None, None, None, None, *dmatrices
-
-
-def each_expert(x: Tensor, offsets: Tensor, matrices) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-    """(n, rows, W_in, W_out) of each expert: the first n of these rows are its own. For oneDNN, which wants few shapes,
-    rows of the next experts may follow, up to 15 or a sixteenth of n: what they yield is dropped, overwritten or 0."""
-    ends, start, e = offsets.tolist(), 0, 0
-    on_cpu = AVX512 and x.dtype == torch.float32 and not x.is_cuda
-    for w_in, w_out in zip(matrices[::2], matrices[1::2]):
-        tiled = on_cpu and x.shape[1] % TILE == 0 and w_out.shape[2] % TILE == 0
-        for w1, w2 in zip(w_in.to(x.dtype), w_out.to(x.dtype)):
-            n = ends[e] - start
-            tile = 1 << max(4, n.bit_length() - 5) if tiled and n >= 8 else 1          # 8 to 511 rows: 16
-            whole = -(-n // tile) * tile
-            yield n, slice(start, start + (whole if start + whole <= ends[-1] else n)), w1, w2
-            start, e = ends[e], e + 1
-
-
-class AtOnce(torch.autograd.Function):
-    """The rows of all experts of a width in one grouped product, where that is faster (see has_grouped_mm)."""
-
-    @staticmethod
-    def forward(ctx, x, weights, token, slot, offsets, keep, *matrices):
-        weight, rows_x, y, kept = by_row(weights, x, token), gather(x, slot), [], []
-        for rows, offs, w1, w2 in by_width(x, offsets, matrices):
-            h = F.grouped_mm(rows_x[rows], w1.transpose(1, 2), offs=offs)              # (R, 2F)
-            y.append(F.grouped_mm(swiglu(h, weight[rows]), w2.transpose(1, 2), offs=offs))
-            kept += [h] if keep else []
-        ctx.save_for_backward(x, weight, slot, offsets, *matrices, *kept)
-        ctx.n_matrix = len(matrices)
-        return combine(joined(y), slot)                                                # (N, D)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, slot, offsets, *rest = ctx.saved_tensors
         matrices, kept = rest[:ctx.n_matrix], rest[ctx.n_matrix:]
-        dx, dweight, dmatrices, rows_x, rows_dy = [], [], [], gather(x, slot), gather(dy.to(x.dtype), slot)
-        for i, (rows, offs, w1, w2) in enumerate(by_width(x, offsets, matrices)):
-            h = kept[i] if kept else F.grouped_mm(rows_x[rows], w1.transpose(1, 2), offs=offs)
-            dh, a, dw = swiglu_backward(h, F.grouped_mm(rows_dy[rows], w2, offs=offs), weight[rows])
-            dmatrices += [F.grouped_mm(dh.t(), rows_x[rows], offs=offs),                               # (E, 2F, D)
-                          F.grouped_mm(rows_dy[rows].t(), a, offs=offs)]                               # (E, D, F)
-            dx.append(F.grouped_mm(dh, w1, offs=offs))                                                 # (R, D)
-            dweight.append(dw)
-        dmatrices = [dw.to(w.dtype) for dw, w in zip(dmatrices, matrices)]
-        return combine(joined(dx), slot), joined(dweight).float()[slot], None, None, None, None, *dmatrices
+        dmatrices = [torch.empty_like(w) for w in matrices]
+        dx, dweight, dy = [], torch.empty_like(weight[:, 0]), dy.to(x.dtype)
+        for i, p in enumerate(pieces(x, token, slot, offsets, matrices, dmatrices)):
+            x_p, dy_p = take(p, x), take(p, dy)
+            dy_p[p.n:] = 0                                         # the next experts' rows, if finite, add nothing here
+            h = kept[i] if kept else product(p, x_p, p.w_in)
+            dh, a, dweight[p.rows] = swiglu_backward(h, product(p, dy_p, p.w_out.mT), weight[p.rows])
+            outer(p, dh, x_p, p.dw_in)
+            outer(p, dy_p, a, p.dw_out)
+            dx.append(product(p, dh, p.w_in.mT)[:p.n])
+        return combine(joined(dx), slot), dweight.float()[slot], None, None, None, None, *dmatrices
 
 
-def by_width(x: Tensor, offsets: Tensor, matrices) -> list[tuple[slice, Tensor, Tensor, Tensor]]:
-    """(its rows, the offsets of its experts within them, W_in, W_out) of each width. One width owns every row;
-    several cost a wait for the GPU, since where one ends is known only there."""
-    matrices = [w.to(x.dtype) for w in matrices]
-    if len(matrices) == 2:
-        return [(slice(None), offsets, *matrices)]
-    parts, first, start = [], 0, 0
-    for w1, w2 in zip(matrices[::2], matrices[1::2]):
-        mine = offsets[first:first + len(w1)]
-        end = int(mine[-1])
-        parts.append((slice(start, end), mine - start, w1, w2))
-        first, start = first + len(w1), end
-    return parts
+class Piece(NamedTuple):
+    """Rows that are multiplied in one go: those of one expert, or of all experts of a width."""
+
+    rows: slice                   # in expert order
+    n: int                        # the first n of them count
+    token: Tensor                 # (rows,) which tokens they are copies of
+    slot: Tensor | None           # where all rows are here: (N, K), as Routing has it
+    offs: Tensor | None           # where each expert's rows end among these, int32; None: one expert
+    w_in: Tensor                  # (2F, D), or (E, 2F, D)
+    w_out: Tensor                 # (D, F), or (E, D, F)
+    dw_in: Tensor | None          # where their gradients go
+    dw_out: Tensor | None
 
 
-def by_row(weights: Tensor, x: Tensor, token: Tensor) -> Tensor:
-    """The combine weight of each row (R, 1), in x's precision."""
-    return weights.flatten()[token].unsqueeze(1).to(x.dtype)
+def pieces(x: Tensor, token: Tensor, slot: Tensor, offsets: Tensor, matrices, dmatrices=None) -> Iterator[Piece]:
+    """All experts of a width at once, where a grouped product is faster, or one after the other: the few rows of one
+    stay in a processor's cache from the first product to the last. Several widths at once cost a wait for the GPU."""
+    dmatrices, one_width = dmatrices or [None] * len(matrices), len(matrices) == 2
+    mean_rows = len(token) / len(offsets)                                        # of an expert
+    at_once = all(has_grouped_mm(x, w_out.shape[2], mean_rows) for w_out in matrices[1::2])
+    ends = [len(token)] * len(offsets) if at_once and one_width else offsets.tolist()
+    first = start = 0
+    for w_in, w_out, dw_in, dw_out in zip(matrices[::2], matrices[1::2], dmatrices[::2], dmatrices[1::2]):
+        last = first + len(w_in)
+        w_in, w_out = w_in.to(x.dtype), w_out.to(x.dtype)
+        if at_once:
+            rows, offs = slice(start, ends[last - 1]), (offsets[first:last] - start).int()
+            yield Piece(rows, rows.stop - start, token[rows], slot if one_width else None, offs,
+                        w_in, w_out, dw_in, dw_out)
+            start = rows.stop
+        else:
+            grads = zip(dw_in, dw_out) if dw_in is not None else [(None, None)] * len(w_in)
+            for end, *pair, grad in zip(ends[first:last], w_in, w_out, grads):
+                rows = slice(start, start + whole_tiles(x, w_out.shape[2], end - start, ends[-1] - start))
+                yield Piece(rows, end - start, token[rows], None, None, *pair, *grad)
+                start = end
+        first = last
+
+
+def whole_tiles(x: Tensor, width: int, n: int, left: int) -> int:
+    """The rows to multiply where an expert has n of the `left` rows from its first to the last of all.
+
+    oneDNN wants few shapes, so rows of the next experts may follow, up to 15 or a sixteenth of n: what they yield is
+    dropped, overwritten or 0."""
+    tiled = AVX512 and on_cpu(x) and x.shape[1] % TILE == 0 and width % TILE == 0
+    tile = 1 << max(4, n.bit_length() - 5) if tiled and n >= 8 else 1            # 8 to 511 rows: 16
+    whole = -(-n // tile) * tile
+    return whole if whole <= left else n
+
+
+def take(p: Piece, x: Tensor) -> Tensor:
+    """Tokens (N, D) -> the rows of a piece."""
+    return x.index_select(0, p.token) if p.slot is None else gather(x, p.slot)
+
+
+def product(p: Piece, a: Tensor, w: Tensor) -> Tensor:
+    """a w^T, with each expert's own rows and w."""
+    if p.offs is not None:
+        return F.grouped_mm(a, w.mT, offs=p.offs)
+    return onednn(a, w) if has_onednn(a, w) else F.linear(a, w)
+
+
+def outer(p: Piece, b: Tensor, a: Tensor, out: Tensor) -> None:
+    """out = b^T a, over each expert's own rows."""
+    if p.offs is None:
+        weight_gradient(b, a, out)
+    else:
+        out.copy_(F.grouped_mm(b.t(), a, offs=p.offs))
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -739,124 +712,14 @@ def has_grouped_mm(x: Tensor, width: int, rows: float) -> bool:
     return aligned and few and x.device.type == "cpu" and x.dtype != torch.float64
 
 
-class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        self.attn_norm, self.attn = RMSNorm(config.d_model, config.norm_eps), Attention(config)
-        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.moe = config.n_expert > 1 and layer >= config.first_dense_layers
-        self.ffn = MoE(config) if self.moe else Dense(config.d_model, config.active_width)
-        self.recompute, self.layer = config.recompute, layer
-
-    def forward(self, x: Tensor, ids: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None):
-        attend = lambda x: self.attn(self.attn_norm(x), cos, sin, cache, self.layer)
-        again = self.recompute and torch.is_grad_enabled()
-        x = x + (checkpoint(attend, x, use_reentrant=False) if again else attend(x))
-        h = self.ffn_norm(x)
-        y, routing = self.ffn(h, ids) if self.moe else (self.ffn(h), None)
-        return x + y, routing
+# --- the loss ---
 
 
-# --- the model ------------------------------------------------------------------------------------------------------
+LOGIT_BYTES = 256 * 2**20     # fast_loss makes the logits of so many bytes at a time
 
 
-class Output(NamedTuple):
-    """What one forward pass found. Without targets: logits. With: the losses, kept apart, each a float32 scalar."""
-
-    logits: Tensor | None       # (B, T, V)
-    ce: Tensor | None           # cross-entropy, nats per token
-    balance: Tensor | None      # Switch balance loss, mean over layers; 0 in a dense model
-    z: Tensor | None            # router z-loss, mean over layers; 0 in a dense model
-    stats: dict[str, Tensor]    # router statistics, a row a layer: load (L, E), entropy (L,), ...; empty if dense
-
-
-class Model(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        if not config.tie_embeddings:
-            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Output:
-        """tokens (B, T) int64; targets (B, T) are the tokens that come next. A cache continues where it stands."""
-        x, routings = self.hidden(tokens, cache)
-        names = routings[0].stats if routings else ()
-        stats = {name: torch.stack([r.stats[name] for r in routings]) for name in names}
-        if targets is None:
-            return Output(F.linear(x, self.head_weight), None, None, None, stats)
-        x = x.flatten(0, 1)
-        ce = LinearCrossEntropy.apply(x.to(compute_dtype(x)), self.head_weight, targets.flatten(),
-                                      torch.is_grad_enabled())
-        found = [r.losses for r in routings if r.losses]
-        balance, z = (torch.stack([losses[name] for losses in found]).mean() if found else ce.new_zeros(())
-                      for name in ("balance", "z"))
-        return Output(None, ce, balance, z, stats)
-
-    def hidden(self, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, list[Routing]]:
-        """What the head reads, (B, T, D), and the plan of each layer that has experts."""
-        x, routings = self.embed(tokens), []
-        start, T = cache.used if cache is not None else 0, tokens.shape[1]
-        assert isinstance(start, Tensor) or start + T <= self.config.max_seq_len, "more positions than max_seq_len"
-        cos, sin = rope_tables(start, T, self.config, tokens.device)
-        for block in self.blocks:
-            x, routing = block(x, tokens, cos, sin, cache)
-            routings += [routing] if routing else []
-        if cache is not None:
-            cache.used += T
-        return self.norm(x), routings
-
-    @property
-    def head_weight(self) -> Tensor:
-        return self.embed.weight if self.config.tie_embeddings else self.head.weight
-
-    def end_step(self, skipped: Tensor) -> None:
-        """What the routers learn without a gradient, once an optimizer step: see MoE.end_step."""
-        for block in self.blocks:
-            if block.moe:
-                block.ffn.end_step(skipped)
-
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> "Model":
-        """Fill every parameter from INIT, in order, from one seeded generator: the same weights on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
-            std = init_std(name, p, self.config)
-            if std is None:
-                nn.init.ones_(p)
-            else:
-                p.copy_(nn.init.trunc_normal_(torch.empty(p.shape), 0, std, -2 * std, 2 * std, generator=generator))
-        return self
-
-
-def init_std(name: str, p: Tensor, config: ModelConfig) -> float | None:
-    """Standard deviation a parameter starts with; None: it starts at one.
-
-    norm weights                              1
-    embed, head, attn.qkv, gates, every w_in  sqrt(init_scale / D)
-    attn.out, every w_out                     sqrt(init_scale / fan_in) / sqrt(2 L)
-
-    Normal, cut at two standard deviations, variance a fraction of 1 / fan_in (Switch 2021: 0.1 is steady when sparse).
-    The two that write to the residual stream shrink with depth, so that its variance does not grow with it (GPT-2).
-    """
-    if p.dim() == 1:
-        return None
-    std = math.sqrt(config.init_scale / p.shape[-1])  # fan_in is every matrix's last axis
-    return std / math.sqrt(2 * config.n_layer) if "attn.out" in name or "w_out" in name else std
-
-
-def parameter_groups(model: Model, weight_decay: float) -> list[dict]:
-    """AdamW groups: decay for matrices, none for norms (their one is not zero) and embeddings.
-
-    A rare token's embedding row gets a gradient once in many steps; decay every step would pull it to zero in between.
-    A tied head is the embedding, so it goes without; an untied one sees every token's gradient and decays.
-    """
-    decay = [p for name, p in model.named_parameters() if p.dim() > 1 and name != "embed.weight"]
-    plain = [p for name, p in model.named_parameters() if p.dim() == 1 or name == "embed.weight"]
-    assert len(decay) + len(plain) == len(list(model.parameters()))
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def fast_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    return LinearCrossEntropy.apply(x.to(compute_dtype(x)), head, targets, torch.is_grad_enabled())
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -878,7 +741,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.zeros(weight.shape, device=x.device) if for_weight else None
         for start in range(0, n, step):
             rows = slice(start, start + step)
-            logits = linear(x[rows], w).float()                                   # (step, V)
+            logits = fast_linear(x[rows], w).float()                                   # (step, V)
             target = targets[rows, None]
             top, hit = logits.amax(-1, keepdim=True), logits.gather(1, target)
             p = logits.sub_(top).exp_()                                           # in place: no second (step, V)
@@ -888,7 +751,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 p.div_(mass * n).scatter_add_(1, target, torch.full_like(hit, -1 / n))           # softmax - one_hot
                 p = p.to(x.dtype)
                 if for_x:
-                    dx[rows] = linear(p, w.t())
+                    dx[rows] = fast_linear(p, w.t())
                 if for_weight and p.dtype == dweight.dtype:
                     dweight.addmm_(p.t(), x[rows])                                # in place: no second (V, D)
                 elif for_weight:
@@ -904,7 +767,232 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *(None if g is None else g.mul_(grad) for g in grads), None, None
 
 
-# --- Hugging Face checkpoints ---------------------------------------------------------------------------------------
+# --- writing text ---
+
+
+def decode_linear(x: Tensor, w: Tensor) -> Tensor:
+    """`linear` of a single row as a sum: torch.compile fuses it with what is around it, which a library's call would
+    cost more than."""
+    if x.numel() == x.shape[-1]:
+        return (x.flatten() * w).sum(1).view(*x.shape[:-1], -1)
+    return fast_linear(x, w)
+
+
+def decode_attend(x: Tensor, w: Attention, rope: tuple, cache: "StaticCache") -> Tensor:
+    """`attend` for one token a sequence over a whole buffer, as a few loops, where a library would first repeat k and v
+    for every query head."""
+    q, k, v = w.project(x, rope)
+    k, v, seen = cache.append(w.layer, k, v)                                     # (B, H_kv, length, d_head); (length,)
+    query = q.unflatten(1, (k.shape[1], -1)).float()                             # (B, H_kv, H / H_kv, 1, d_head)
+    scores = (query * k.unsqueeze(2)).sum(-1) * q.shape[-1] ** -0.5              # (B, H_kv, H / H_kv, length)
+    p = scores.where(seen, -math.inf).softmax(-1)
+    y = (p.unsqueeze(-1) * v.unsqueeze(2)).sum(-2, keepdim=True).flatten(1, 2).to(q.dtype)
+    return OPS.linear(y.transpose(1, 2).flatten(2), w.out.weight)
+
+
+def decode_experts(x: Tensor, routing: Routing, w: MoE) -> Tensor:
+    """`experts` for the few tokens of a step: no rows to sort, no loop. Uncompiled, w[experts] would copy K experts a
+    token; the compiler multiplies them where they lie. An expert of another width counts with weight 0."""
+    y, first = torch.zeros_like(x), 0
+    for w_in, w_out in zip(w.w_in, w.w_out):
+        e = (routing.experts - first).clamp(0, len(w_in) - 1)                    # (N, K)
+        weight = routing.weights * (e == routing.experts - first)
+        gate, up = (w_in[e].to(x.dtype) * x[:, None, None]).sum(-1).chunk(2, -1)     # (N, K, F)
+        a = F.silu(gate) * up * weight.unsqueeze(-1).to(x.dtype)
+        y = y + (w_out[e].to(x.dtype) * a[:, :, None]).sum(-1).sum(1)
+        first += len(w_in)
+    return y
+
+
+class StaticCache(Cache):
+    """A cache that every step sees in the same shapes: `used` is a tensor, a token attends to the whole buffer, and a
+    mask hides what is not written yet. Its length is a multiple of 256, so that prompts of many lengths share one
+    compilation. A tensor a layer: torch.compile would copy all of one tensor to write into a slice of it."""
+
+    def __init__(self, cache: Cache):
+        pad = (0, 0, 0, -cache.k[0].shape[2] % 256)
+        self.k = [F.pad(k, pad) for k in cache.k]
+        self.v = [F.pad(v, pad) for v in cache.v]
+        self.used = torch.tensor(cache.used, device=self.k[0].device)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = self.k[layer], self.v[layer]
+        keys.index_copy_(2, self.used.view(1), k)
+        values.index_copy_(2, self.used.view(1), v)
+        return keys, values, torch.arange(keys.shape[2], device=k.device) <= self.used
+
+
+compiled_logits = torch.compile(next_logits, fullgraph=True, dynamic=False)
+
+
+class Decoder:
+    """`next_logits` for generate(step=Decoder()), compiled once the prompt is read. The floor is a read of the weights.
+
+    A step of a small model is hundreds of small operators, and starting them costs more than their work. Compiled,
+    they become a few loops, on a GPU replayed as one CUDA graph. That pays from some thousand tokens on.
+    """
+
+    def __init__(self):
+        self.source = self.cache = self.graph = None
+
+    def __call__(self, model: Model, tokens: Tensor, cache: Cache) -> Tensor:
+        if cache.used == 0 or tokens.shape[1] > 1:
+            return next_logits(model, tokens, cache)
+        if self.source is not cache:
+            self.source, self.cache, self.graph = cache, StaticCache(cache), None
+        if not tokens.is_cuda:
+            return self.step(model, tokens)
+        if self.graph is None:
+            self.capture(model, tokens)
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits
+
+    def step(self, model: Model, tokens: Tensor) -> Tensor:
+        with using(DECODE):
+            return compiled_logits(model, tokens, self.cache)
+
+    def capture(self, model: Model, tokens: Tensor) -> None:
+        """Record the kernels of a step. The two steps it takes leave no trace: the position goes back."""
+        self.tokens, used, stream = tokens.clone(), self.cache.used.clone(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step(model, self.tokens)                                        # compiles and warms up
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.step(model, self.tokens)
+        self.cache.used.copy_(used)
+
+
+FAST = Ops(fast_route, fast_rms_norm, fast_linear, fast_attend, fast_experts, fast_loss)
+COMPILED = FAST._replace(rms_norm=rms_norm)                          # torch.compile fuses it
+DECODE = Ops(route, rms_norm, decode_linear, decode_attend, decode_experts, loss)
+OPS = FAST
+
+
+# === Part 3: tools ================================================================================================
+
+import base64
+import codecs
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from router import POLICIES, BadInput, Parser, closest, require, run_script
+
+
+def is_file(name: str) -> bool:
+    """Whether this is a file; a text too long for a name is none."""
+    try:
+        return Path(name).is_file()
+    except OSError:
+        return False
+
+
+def whole_groups(pairs) -> list[tuple[int, int]]:
+    """expert_groups as pairs of whole numbers (JSON has lists, a command line 1e3), or BadInput."""
+
+    def whole(n) -> bool:
+        return isinstance(n, (int, float)) and 0 < n < 2**31 and n == int(n)
+
+    require(isinstance(pairs, list) and len(pairs) > 0
+            and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
+            and all(whole(n) for pair in pairs for n in pair),
+            f"expert_groups = {pairs} must be a list of (experts, width) pairs, such as [(16, 256), (32, 128)]")
+    return [(int(n), int(width)) for n, width in pairs]
+
+
+def validate(config: ModelConfig) -> None:
+    """Raise BadInput at the first value no model can have."""
+    for name in ("n_layer", "d_model", "n_head", "n_kv_head", "d_head", "n_expert", "top_k", "d_expert",
+                 "vocab_size", "seq_len", "max_seq_len", "rope_base", "norm_eps", "init_scale"):
+        require(0 < getattr(config, name) < 2**31, f"{name} = {getattr(config, name)} must be positive, below 2**31")
+    for name in ("aux_coef", "z_coef", "bias_rate", "router_noise", "d_shared", "first_dense_layers"):
+        require(getattr(config, name) >= 0, f"{name} = {getattr(config, name)} must not be negative")
+    require(config.top_k <= config.n_expert, f"top_k = {config.top_k} must be 1 to n_expert = {config.n_expert}")
+    require(config.n_head % config.n_kv_head == 0,
+            f"n_head = {config.n_head} must be a multiple of n_kv_head = {config.n_kv_head}")
+    require(config.d_head % 2 == 0, f"d_head = {config.d_head} must be even, rotary positions turn pairs")
+    require(config.seq_len <= config.max_seq_len,
+            f"seq_len = {config.seq_len} must not exceed max_seq_len = {config.max_seq_len}")
+    wide = max(n * 2 * width for n, width in config.widths)
+    require(max(wide, config.vocab_size, config.n_head * config.d_head) * config.d_model < 2**60,
+            "a matrix of this model has over 10^18 numbers: make it smaller")
+    require(config.router in POLICIES,
+            f"router = {config.router!r} is not one of {', '.join(POLICIES)}{closest(config.router, POLICIES)}")
+    require(config.router != "switch" or config.top_k == 1, f"router = 'switch' visits one expert: set top_k = 1, "
+                                                        f"not {config.top_k}")
+    require(config.bias_rate == 0 or config.router in ("softmax", "switch", "sigmoid"),
+            f"bias_rate = {config.bias_rate}: router = {config.router!r} has no bias to choose by")
+    require(config.router != "expert_choice" or config.capacity_factor is config.eval_capacity_factor is None,
+            "router = 'expert_choice' has a capacity of its own: leave capacity_factor and eval_capacity_factor")
+    scopes = ("micro_batch", "sequence", "global")
+    require(config.balance_scope in scopes,
+            f"balance_scope = {config.balance_scope!r} must be one of {', '.join(scopes)}")
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        value = getattr(config, name)
+        require(value is None or value > 0, f"{name} = {value} must be positive, or None for no limit")
+    require(0 < config.top_p <= 1, f"top_p = {config.top_p} must be above 0, at most 1")
+    require(config.first_dense_layers < config.n_layer,
+            f"first_dense_layers = {config.first_dense_layers} must be 0 to n_layer - 1 = {config.n_layer - 1}")
+    require(config.d_shared == 0 or config.n_expert > 1, "d_shared needs experts: with n_expert = 1 widen d_expert")
+    require(config.d_shared > 0 or not config.shared_gate, "shared_gate = True needs a shared expert: set d_shared")
+
+
+# --- memory, before anything is allocated ---
+
+
+def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") -> dict[str, int]:
+    """Bytes one training step needs, item by item. Master weights, gradients and AdamW's two moments are float32.
+
+    Activations are what autograd keeps for the backward pass, layer by layer, plus the temporaries of the one layer
+    being worked on; logits are the pieces LinearCrossEntropy holds at once.
+    """
+    c, sizes = config, count(config)
+    params = sizes["total"] if c.tie_embeddings else sizes["total_untied"]
+    tokens, wide = micro_batch * c.seq_len, 2 if dtype == "bfloat16" else 4
+    query, key = c.n_head * c.d_head, c.n_kv_head * c.d_head
+    n_dense = c.n_layer if c.n_expert == 1 else c.first_dense_layers
+    kept = c.n_layer * (2 * c.d_model * 4 + 2 * c.d_model * 4)                   # input and norm, twice a block
+    kept += n_dense * 4 * c.active_width * wide                                  # gate, up, silu and their product
+    kept += (c.n_layer - n_dense) * (4 * (3 * c.n_expert + 8 * c.top_k) + 4 * c.d_shared * wide)   # router; shared
+    attention = (2 * (query + 2 * key) + 2 * query) * wide                       # q k v; q k with RoPE; y, twice
+    slots = 2 if c.router == "expert_choice" else 1                              # it has room for 2K choices a token
+    routed = 0 if c.n_expert == 1 else slots * 2 * (c.active_width - c.d_shared) * wide      # pre-activation
+    working = slots * (c.top_k * 2 * c.d_model + 5 * c.active_width) * wide      # gathered rows and their gradients
+    if c.recompute:
+        working += attention + routed
+    else:
+        kept += c.n_layer * attention + (c.n_layer - n_dense) * routed
+    table = c.vocab_size * c.d_model * 4
+    logits = min(LOGIT_BYTES, tokens * c.vocab_size * 4) + table                 # a piece, and the table's gradient;
+    logits *= 1 if wide == 4 else 2                                              # with bfloat16 also copies of both
+    parts = {"weights": 4 * params, "gradients": 4 * params, "optimizer": 8 * params,
+             "activations": tokens * (kept + working), "logits": logits}
+    return parts | {"total": sum(parts.values())}
+
+
+class Card(NamedTuple):
+    memory: float       # bytes
+    bandwidth: float    # bytes/s of that memory
+    bfloat16: float     # FLOP/s of dense matrix products, summed in float32
+    float32: float      # FLOP/s without tensor cores
+
+
+CARDS = {  # the vendors' data sheets. The bfloat16 rate of the 4060 and 4070 is taken as twice their float32 rate
+    "4060": Card(8e9, 272e9, 30e12, 15e12), "4070": Card(12e9, 504e9, 58e12, 29e12),
+    "4080": Card(16e9, 717e9, 97e12, 49e12), "3090": Card(24e9, 936e9, 71e12, 36e12),
+    "4090": Card(24e9, 1008e9, 165e12, 83e12), "L4": Card(24e9, 300e9, 121e12, 30e12),
+    "A10": Card(24e9, 600e9, 125e12, 31e12), "A100-40": Card(40e9, 1555e9, 312e12, 19.5e12),
+    "L40S": Card(48e9, 864e9, 362e12, 92e12), "A100-80": Card(80e9, 2039e9, 312e12, 19.5e12),
+    "H100": Card(80e9, 3350e9, 989e12, 67e12), "H200": Card(141e9, 4800e9, 989e12, 67e12),
+    "B200": Card(192e9, 8000e9, 2250e12, 80e12), "MI300X": Card(192e9, 5300e9, 1307e12, 163e12),
+}
+
+
+# --- Hugging Face checkpoints ---
 
 
 HF_FIELDS = {  # ours: theirs (Qwen3MoeConfig)
@@ -1033,7 +1121,7 @@ def hf_config(folder: Path) -> ModelConfig:
     seq_len = min(ModelConfig.seq_len, known.get("max_seq_len", ModelConfig.seq_len))
     config = ModelConfig(**{"renormalize": False, "tie_embeddings": False} | known, seq_len=seq_len,
                          rope_base=float(rope["rope_theta"]))
-    config.validate()
+    validate(config)
     return config
 
 
@@ -1078,7 +1166,7 @@ def optional(package: str):
         raise BadInput(f"this needs the package {name}: pip install {name}") from None
 
 
-# --- the tokenizer --------------------------------------------------------------------------------------------------
+# --- the tokenizer ---
 
 
 QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -1177,79 +1265,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-# --- writing text ---------------------------------------------------------------------------------------------------
-
-
-class Decoder:
-    """One step of writing: tokens (B, 1) after those in the cache -> logits (B, V). The floor is a read of the weights.
-
-    A step of a small model is hundreds of small operators, and starting them costs more than their work. compiled, they
-    become a few loops, on a GPU replayed as one CUDA graph: the same shapes each time, so compiled once for a length.
-    """
-
-    def __init__(self, model: Model, cache: Cache, compiled: bool):
-        self.model, self.cache, self.graph = model, cache, None
-        if compiled:
-            cache.used = torch.tensor(cache.used, device=cache.k[0].device)
-        self.step = compiled_step if compiled else one_step
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        if not (tokens.is_cuda and self.step is compiled_step):
-            return self.step(self.model, tokens, self.cache)
-        if self.graph is None:
-            self.capture(tokens)
-        self.tokens.copy_(tokens)
-        self.graph.replay()
-        return self.logits
-
-    def capture(self, tokens: Tensor) -> None:
-        """Record the kernels of a step. The two steps it takes leave no trace: the position goes back."""
-        self.tokens, used, stream = tokens.clone(), self.cache.used.clone(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.step(self.model, self.tokens, self.cache)                             # compiles and warms up
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.step(self.model, self.tokens, self.cache)
-        self.cache.used.copy_(used)
-
-
-def one_step(model: Model, tokens: Tensor, cache: Cache) -> Tensor:
-    return linear(model.hidden(tokens, cache)[0][:, -1], model.head_weight)            # of the last token alone
-
-
-compiled_step = torch.compile(one_step, fullgraph=True, dynamic=False)
-
-
-@torch.inference_mode()
-def generate(model: Model, prompt: Tensor, n_token: int, temperature: float = 0.8, top_k: int = 50, seed: int = 1,
-             n_vocab: int | None = None, compiled: bool = False) -> Iterator[Tensor]:
-    """Yield n_token times the next token (B,) of each row of a prompt (B, T), once it is known. temperature 0: greedy.
-
-    The cache turns each step into one token's work. Ids from n_vocab on (padding of the vocabulary) are never drawn.
-    compiled: see Decoder; its cache is a multiple of 256 long, so that prompts of many lengths share one compilation.
-    """
-    (batch, used), limit = prompt.shape, model.config.max_seq_len
-    length = used + n_token
-    require(used > 0 and length <= limit, f"prompt and new tokens take {length} positions; the limit is {limit}")
-    weight = model.embed.weight
-    room = -(-length // 256) * 256 if compiled else length
-    cache = Cache(model.config, batch, room, weight.device, weight.dtype)
-    generator = torch.Generator(weight.device).manual_seed(seed)
-    logits, decode = one_step(model, prompt.to(weight.device), cache), Decoder(model, cache, compiled)
-    for left in reversed(range(n_token)):
-        tokens = draw(logits[:, :n_vocab].float(), temperature, top_k, generator)
-        yield tokens[:, 0]
-        logits = decode(tokens) if left else None
-
-
-def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """The next token (B, 1), drawn from the top_k likeliest of logits (B, V)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    values, ids = logits.topk(min(top_k, logits.shape[-1]))
-    return ids.gather(-1, torch.multinomial((values / temperature).softmax(-1), 1, generator=generator))
+# --- writing text ---
 
 
 def check_ids(ids: list[int], model: Model) -> list[int]:
@@ -1264,6 +1280,8 @@ def write_text(model: Model, tokenizer, prompt: str, n_token: int, **sampling) -
     """The prompt and what follows, piece by piece; bytes that make no character yet wait for the next token."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     ids = check_ids(tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token], model)
+    length, limit = len(ids) + n_token, model.config.max_seq_len
+    require(length <= limit, f"prompt and new tokens take {length} positions; the limit is {limit}")
     yield prompt
     for token in generate(model, torch.tensor([ids]), n_token, n_vocab=tokenizer.n_vocab, **sampling):
         if token == tokenizer.eot_token:
@@ -1301,7 +1319,7 @@ def load_model(folder: str | Path) -> tuple[Model, dict]:
     return model, config
 
 
-# --- see the routing ------------------------------------------------------------------------------------------------
+# --- see the routing ---
 
 
 KINDS = {  # of token, by its first character behind the space a word may start with; the first that fits
@@ -1392,7 +1410,7 @@ def draw_routing(result: dict, path: Path, width: int = 64, n_line: int = 4) -> 
     plt.close(figure)
 
 
-# --- command line ---------------------------------------------------------------------------------------------------
+# --- command line ---
 
 
 def size_table(config: ModelConfig, sizes: dict, need: dict) -> str:
@@ -1420,11 +1438,6 @@ def print_sizes(path: str, as_json: bool) -> None:
     print(size_table(config, sizes, need))
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise BadInput(f"{message}; python {self.prog} --help lists what there is")
-
-
 def main(argv: list[str]) -> None:
     parser = Parser(allow_abbrev=False, description="sizes of a config, or text from a trained run")
     parser.add_argument("target", help="configs/X.py, out/NAME of a trained run, or a Hugging Face folder")
@@ -1450,21 +1463,9 @@ def main(argv: list[str]) -> None:
         text = Path(args.routing).read_text(errors="replace") if is_file(args.routing) else args.routing
         return show_routing(Path(args.target), model, tokenizer, text)
     for piece in write_text(model, tokenizer, args.prompt, args.tokens, temperature=args.temperature, top_k=args.top_k,
-                            seed=args.seed, compiled=args.compile):
+                            seed=args.seed, step=Decoder() if args.compile else next_logits):
         print(piece, end="", flush=True)
     print()
-
-
-def run_script(main) -> None:
-    """Run a script's main; what the user can mend is one line on stderr and exit code 2."""
-    sys.stdout.reconfigure(errors="replace")             # a sample may hold what the terminal cannot show
-    try:
-        main(sys.argv[1:])
-    except BadInput as error:
-        print(f"error: {error}".replace("\n", " "), file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, BrokenPipeError):
-        sys.exit(130)
 
 
 if __name__ == "__main__":

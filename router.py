@@ -1,81 +1,81 @@
 """
 router.py: which experts does a token visit, and with what weight?
 
-A mixture-of-experts layer owns E small feed-forward networks and sends each token to K of them. The router is the part
-that decides. It sees one row of E logits for a token and must answer three questions:
+A mixture-of-experts layer owns E small feed-forward networks and sends each token to K of them. The router
+sees one row of E logits a token. A *policy* answers two questions about it:
 
     which K experts?      say, those of the largest logits, the lowest index first among equals
     with what weight?     say, their softmax probabilities, renormalised to sum to 1 or left as they are
-    in what order?        rows sorted by expert, so that each expert multiplies one contiguous block
 
-Everything downstream reads the answer from one object, `Routing`. A routing idea is one function that fills it in and
-one decorator that names it: see `softmax` and the six others, then write your own below them.
+`route` does everything that follows: it puts the rows in expert order, so that each expert multiplies one
+contiguous block, and makes the losses that keep the experts evenly busy. Everything downstream reads one
+object, `Routing`. A new routing idea is one function of a few lines: see `softmax`, then the six others.
 
-The file reads in six parts: the contract; the pieces in plain PyTorch, which runs anywhere; what keeps experts evenly
-busy; the policies; the commonest of them again as Triton kernels, which is what a GPU runs; and a self-check.
-The kernels are tested against the definition, forward and every gradient.
+Part 1 is the lesson, plain PyTorch: what one must know, then its variations. Part 2 has the commonest policies
+as Triton kernels for a GPU, tested against Part 1. Part 3 is the self-check and the command line:
 
-    python router.py                    every policy checked and compared, and what the kernels save
+    python router.py                    every policy checked and compared on the same skewed logits
     python router.py --list             the policies, one line each
-    python router.py --policy NAME      the load one gives its experts: text, out/router_NAME.png and its data, .json
+    python router.py --policy NAME      the load that one policy gives its experts
 
 Axes, everywhere in this file:
-    N tokens    E experts    K experts a token visits (top-k)    R = N * K routed rows (known without asking the GPU)
-    D width of a token's vector    T tiles of tokens, one tile a kernel program
+    N tokens    E experts    K experts a token visits (top-k)    R = N * K routed rows
 """
 
-import argparse
-import difflib
-import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-try:
-    import triton
-    import triton.language as tl
-    jit, constexpr = triton.jit, tl.constexpr
-except ImportError:                                   # macOS, for one: the definition does all the work
-    triton, tl, jit, constexpr = None, None, lambda kernel: kernel, None
+# === Part 1: the lesson ===========================================================================================
 
-# --- the contract ---------------------------------------------------------------------------------------------------
+
+@dataclass
+class RouterConfig:
+    """What of a config routing reads. The comment behind a field is its help text."""
+
+    router: str = "softmax"       # routing policy, a name in router.POLICIES
+    top_k: int = 4                # K, experts a token visits
+    renormalize: bool = True      # the K combine weights sum to 1
+    top_p: float = 0.6            # router "top_p": experts are taken, likeliest first, up to this much probability
+    router_noise: float = 0.0     # std of Gaussian noise on the logits the experts are chosen by, in training only
+    capacity_factor: float | None = None       # in training an expert takes at most this times an even share; None: all
+    eval_capacity_factor: float | None = None  # the same outside training
+    balance_scope: str = "micro_batch"  # the balance loss counts a "micro_batch", each "sequence" or the "global" batch
+    bias_rate: float = 0.0        # step of the selection bias that evens the load without a loss; 0: no bias
+    aux_coef: float = 0.01        # weight of the load-balancing loss
+    z_coef: float = 0.001         # weight of the router z-loss
+
+
+class Choice(NamedTuple):
+    """What a policy decides about N tokens."""
+
+    experts: Tensor               # (N, K) int64, distinct within a token
+    weights: Tensor               # (N, K) float32, how much each expert's output counts; carries gradient
+    probs: Tensor                 # (N, E) float32, what the balance loss evens out
+    used: Tensor | None = None    # (N, K) bool, which slots are choices at all; None: every one. Others weigh 0
+    lost: Tensor | int = 0        # choices that found no slot (expert_choice)
 
 
 @dataclass
 class Routing:
-    """The plan a policy makes for N tokens. A choice is one (token, k) pair; its flat number is token * K + k.
+    """What the expert layer needs. A choice is one (token, k) pair; a row is one vector that one expert multiplies.
+    Integers are int64, or int32 where a kernel made them."""
 
-    weights  (N, K) float32   how much each chosen expert's output counts; carries gradient; 0 for a choice that was
-                              dropped and for a slot the policy left unused (top_p, expert_choice): its row is idle
-    experts  (N, K) int32     the chosen experts, distinct within a token
-    counts   (E,)   int32     rows each expert received
-    offsets  (E,)   int32     running sum of counts, inclusive: expert e owns rows offsets[e] - counts[e] : offsets[e]
-    slot     (N, K) int32     the row of each choice once rows stand in expert order, ties in token order
-    token    (R,)   int32     the inverse of slot: row r holds choice token[r], that is token number token[r] // K
-    demand   (E,)   int32     choices of each expert, dropped ones too, unused slots not: what balance is measured by
-    losses   name -> scalar   "balance" and "z", with gradient to the logits
-    stats    name -> float32  "load" (E,), "entropy", "dropped", "nonfinite": detached, never copied to the host here
-    """
-
-    weights: Tensor
-    experts: Tensor
-    counts: Tensor
-    offsets: Tensor
-    slot: Tensor
-    token: Tensor
-    demand: Tensor
-    losses: dict[str, Tensor]
-    stats: dict[str, Tensor]
+    weights: Tensor               # (N, K) float32; 0 for a choice that was dropped and for a slot that is unused
+    experts: Tensor               # (N, K) the chosen experts
+    counts: Tensor                # (E,) rows of each expert
+    offsets: Tensor               # (E,) where each expert's rows end, once rows stand in expert order
+    token: Tensor                 # (R,) the token that each row is a copy of
+    slot: Tensor                  # (N, K) the row of each choice: `token` read the other way round
+    demand: Tensor                # (E,) choices of each expert, dropped ones too, unused slots not
+    losses: dict[str, Tensor]     # "balance" and "z", scalars with gradient to the logits
+    stats: dict[str, Tensor]      # "load" (E,), "entropy", "dropped", "nonfinite": detached, not copied to the host
 
 
 @dataclass(frozen=True)
@@ -86,196 +86,139 @@ class Context:
     seq_len: int = 0              # the N rows are sequences of this length, one behind another; 0: one sequence
     training: bool = False
     bias: Tensor | None = None    # (E,) float32, added to the scores the experts are chosen by, never to the weights
-    load: Tensor | None = None    # (E,) summed demand of this optimizer step's earlier micro-batches, on this rank
+    load: Tensor | None = None    # (E,) demand of this optimizer step's earlier micro-batches, on this rank
 
 
-@dataclass
-class Policy:
-    """A routing idea and what it promises. `causal`: no later token, and no other row, can change a token's output."""
-
-    route: Callable[..., Routing]
-    causal: bool
-    fused: bool                   # the Triton kernels below compute the same
-
-
+Policy = Callable[[Tensor, RouterConfig, Context], Choice]
 POLICIES: dict[str, Policy] = {}
 
 
-def policy(name: str, causal: bool, fused: bool = False):
-    """Register `f(logits, config, context) -> Routing` under the name that `router = "name"` in a config asks for."""
+def policy(name: str, causal: bool = True):
+    """Register `f(logits, config, context) -> Choice` under the name that `router = "name"` in a config asks for.
+    causal: a promise that no later token, and no other sequence, can change a token's output."""
 
-    def register(function):
-        POLICIES[name] = Policy(function, causal, fused)
+    def register(function: Policy) -> Policy:
+        function.causal = causal
+        POLICIES[name] = function
         return function
 
     return register
 
 
-def route(logits: Tensor, config, context: Context | None = None) -> Routing:
-    """Route logits (N, E) float32 by the policy config.router. The config is a ModelConfig or whatever `settings` has.
+def route(logits: Tensor, config: RouterConfig, context: Context | None = None) -> Routing:
+    """Logits (N, E) float32 -> who goes where, by the policy config.router.
 
-    A policy the kernels know runs by them on a GPU, and by its definition elsewhere; the plan is the same.
+    A row that holds a NaN or an infinity becomes zeros, a token undecided between all experts, and is counted.
     """
+    context, n_expert = context or Context(), logits.shape[1]
     assert logits.dtype == torch.float32, "router logits are float32 whatever the precision around them"
-    assert 1 <= config.top_k <= logits.shape[-1], "a token visits between 1 and E experts"
-    context = context or Context()
-    entry = POLICIES[config.router]
-    function = topk_kernels if entry.fused and kernels_serve(logits, config, context) else entry.route
-    routing, factor = function(logits, config, context), capacity_factor(config, context.training)
-    return routing if factor is None else drop(routing, factor)
+    assert 1 <= config.top_k <= n_expert, "a token visits between 1 and E experts"
+    finite = logits.isfinite().all(-1, keepdim=True)
+    logits = logits.where(finite, 0.0)
+    choice = POLICIES[config.router](logits, config, context)
+    counts, offsets, token, slot = place(choice.experts, n_expert)
+    demand = counts if choice.used is None else tally(choice.experts, n_expert, choice.used)
+    losses = {"balance": scoped_balance_loss(choice, demand, config, context), "z": z_loss(logits)}
+    stats = statistics(choice, demand) | {"nonfinite": (~finite).sum().float()}
+    routing = Routing(choice.weights, choice.experts, counts, offsets, token, slot, demand, losses, stats)
+    return drop(routing, config, context.training)
 
 
-def settings(router: str, top_k: int, **fields) -> SimpleNamespace:
-    """Every field `route` reads of a config, as ModelConfig sets them unless told otherwise."""
-    off = dict(renormalize=True, top_p=0.6, router_noise=0.0, capacity_factor=None, eval_capacity_factor=None,
-               balance_scope="micro_batch")
-    return SimpleNamespace(router=router, top_k=top_k, **off | fields)
+@policy("softmax")
+def softmax(logits: Tensor, config: RouterConfig, context: Context) -> Choice:
+    """Top-k of a softmax, weights renormalised or not (Shazeer 2017; Mixtral, Qwen3-MoE, OLMoE).
 
+        p = softmax(x)    S = the K largest p    w_e = p_e, or p_e / sum_S p if config.renormalize
 
-def capacity_factor(config, training: bool) -> float | None:
-    return config.capacity_factor if training else config.eval_capacity_factor
-
-
-def is_causal(config, training: bool) -> bool:
-    """Whether no later token, and no other row, can change a token's output: a causal policy that drops nothing.
-
-    Who is dropped goes by token order, so no later token evicts an earlier one. But an earlier sequence of the batch
-    does, and how many an expert serves depends on N, which every other token is part of.
+    Renormalised (Mixtral, Qwen3; not OLMoE) w is the softmax of the chosen logits: nothing can make 0 / 0 there.
     """
-    return POLICIES[config.router].causal and capacity_factor(config, training) is None
-
-
-# --- the definition: the pieces every policy is built from -----------------------------------------------------------
-
-
-def finite_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace each row that holds a NaN or an infinity by zeros: its token is undecided between all experts.
-
-    The rest of the batch is then routed as ever, and the row is counted in stats["nonfinite"] instead of spreading.
-    """
-    finite = logits.abs().amax(-1, keepdim=True) < torch.inf                         # False for NaN too
-    return logits.where(finite, 0.0), (~finite).sum().float()
-
-
-def noisy(logits: Tensor, config, context: Context) -> Tensor:
-    """The logits to choose by: with Gaussian noise while training, so that all experts are tried.
-
-    As in Shazeer 2017 (eq. 4), but its std is a setting, not learnt, and the weights do not see it.
-    """
-    if context.training and config.router_noise > 0:
-        return logits + config.router_noise * torch.randn_like(logits)
-    return logits
-
-
-def preference(logits: Tensor, score: Callable, config, context: Context) -> Tensor:
-    """What the K largest of are chosen (N, E), never what they weigh: the noisy logits; score(those) + a bias if any.
-
-    A score keeps the order of the logits, but its rounding can make two of them equal: without a bias it is left out.
-    """
-    logits = noisy(logits, config, context)
-    return logits if context.bias is None else score(logits) + context.bias
+    probs = logits.softmax(-1)                                                    # (N, E)
+    experts = top_k(preference(logits, torch.softmax, config, context), config.top_k)
+    chosen = logits.gather(1, experts)                                            # (N, K)
+    weights = chosen.softmax(-1) if config.renormalize else probs.gather(1, experts)
+    return Choice(experts, weights, probs)
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
-    """Experts (N, k) int32 with the largest finite scores (N, E), largest first, the lowest index first among equals.
+    """Experts (N, k) of the largest scores (N, E), largest first, the lowest index first among equals.
 
-    k rounds of "take the maximum, strike it out". torch.max promises the first of equals; torch.topk promises nothing,
-    and a stable sort of all E, which does, costs three times as much at E = 128.
+    k rounds of "take the maximum, strike it out": torch.max promises the first of equals, torch.topk does not.
     """
     left = scores.detach().clone()
     rounds = []
     for _ in range(k):
-        rounds.append(left.max(-1, keepdim=True).indices)                            # (N, 1)
-        left.scatter_(-1, rounds[-1], -torch.inf)
-    return torch.cat(rounds, -1).int()
-
-
-def invert(permutation: Tensor) -> Tensor:
-    """The inverse of a permutation (R,) of 0 ... R-1. A scatter, not a sort: every index is written exactly once."""
-    index = torch.arange(len(permutation), dtype=permutation.dtype, device=permutation.device)
-    return torch.empty_like(permutation).scatter_(0, permutation.long(), index)
+        rounds.append(left.max(-1, keepdim=True).indices)                         # (N, 1)
+        left.scatter_(1, rounds[-1], -torch.inf)
+    return torch.cat(rounds, 1)
 
 
 def place(experts: Tensor, n_expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Stable counting sort of the choices (N, K) by expert: returns counts, offsets, slot, token (see Routing)."""
-    token = experts.flatten().argsort(stable=True).int()                             # (R,) row -> choice
-    counts = tally(experts, n_expert)[0]
-    return counts, counts.cumsum(0, dtype=torch.int32), invert(token).view(experts.shape), token
+    """Rows in expert order, tokens in order within an expert: counts, offsets, token, slot (see Routing)."""
+    order = experts.flatten().argsort(stable=True)                                # (R,) row -> choice
+    row = torch.arange(len(order), device=order.device)
+    slot = torch.empty_like(order).scatter_(0, order, row)                        # (R,) choice -> row
+    counts = tally(experts, n_expert)
+    return counts, counts.cumsum(0), order // experts.shape[1], slot.view_as(experts)
 
 
-def tally(experts: Tensor, n_expert: int, used: Tensor | None = None, groups: int = 1) -> Tensor:
-    """Choices of each expert (groups, E) int32 in each of so many equal parts of the tokens; `used` (N, K) or all."""
-    index, ones = experts.flatten().long(), torch.ones_like(experts) if used is None else used.int()
-    if groups > 1:
-        index = (index.view(groups, -1) + n_expert * torch.arange(groups, device=index.device)[:, None]).flatten()
-    counts = torch.zeros(groups * n_expert, dtype=torch.int32, device=index.device)
-    return counts.scatter_add_(0, index, ones.flatten()).view(groups, n_expert)      # bincount would wait for the GPU
+def tally(index: Tensor, size: int, used: Tensor | None = None) -> Tensor:
+    """How often each of 0 ... size - 1 occurs in index, (size,); used (bool) or all. bincount would wait for a GPU."""
+    ones = torch.ones_like(index) if used is None else used.to(index.dtype)
+    counts = torch.zeros(size, dtype=index.dtype, device=index.device)
+    return counts.scatter_add_(0, index.flatten(), ones.flatten())
 
 
-def mean_over_tokens(x: Tensor) -> Tensor:
-    """Mean over the first axis; 0, not NaN, when there is no token at all."""
-    return x.sum(0) / max(x.shape[0], 1)
+def balance_loss(probs: Tensor, demand: Tensor) -> Tensor:
+    """E * sum_e f_e P_e, f_e the share of choices and P_e the mean probability of expert e (Fedus 2021, eq. 4-6).
 
-
-def finish(logits: Tensor, probs: Tensor, weights: Tensor, experts: Tensor, nonfinite: Tensor,
-           config, context: Context, used: Tensor | None = None) -> Routing:
-    """Everything that follows once a policy has chosen: rows in expert order, the losses, the statistics.
-
-    probs (N, E) is what the balance loss evens out; used (N, K) bool marks the slots that are choices, None: all. In
-    inference mode, while text is written, nobody asks for losses and statistics: both are empty there.
+    Perfect balance costs exactly 1 whatever K is (transformers counts f_e per token: K there); all tokens on the
+    same K experts with all their mass cost E / K. f_e is a count: only P_e carries gradient.
+    probs (..., N, E), demand (..., E): the mean over any axes in front.
     """
-    n_expert = logits.shape[-1]
-    counts, offsets, slot, token = place(experts, n_expert)
-    demand = counts if used is None else tally(experts, n_expert, used)[0]
-    plan = Routing(weights, experts, counts, offsets, slot, token, demand, {}, {})
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():      # compiled: left out if unused
-        return plan
-    plan.losses = {"balance": scoped_balance_loss(probs, plan, used, config, context), "z": z_loss(logits)}
-    with torch.no_grad():
-        none = (weights == 0) if used is None else (weights == 0) & used
-        plan.stats = {
-            "load": demand / max(experts.numel(), 1),                                # (E,) share of rows
-            "entropy": mean_over_tokens(-(probs * probs.clamp(min=1e-38).log()).sum(-1)),  # nats; ln E when undecided
-            "dropped": none.sum() / demand.sum().clamp(min=1),                       # share of choices of weight 0
-            "nonfinite": nonfinite,                                                  # tokens
-        }
-    return plan
-
-
-# --- the definition: keeping the experts evenly busy -----------------------------------------------------------------
-# Four ways, in any combination: a loss that pulls the logits towards even load (aux_coef), over one of three scopes; a
-# loss that keeps them small (z_coef); a bias on the choice, moved by the load itself (bias_rate); and a capacity.
-
-
-def balance_loss(probs: Tensor, counts: Tensor) -> Tensor:
-    """Switch balance loss: E * sum_e f_e P_e, f_e the share of rows, P_e the mean probability (Fedus 2021, eq. 4-6).
-
-    f_e is a share of all R rows, so perfect balance costs exactly 1 for any K (transformers counts per token: K there).
-    Only P_e carries gradient; f_e is a count. All tokens on the same K experts with all their mass cost E / K.
-    probs (..., N, E) and counts (..., E): the mean over any axes in front.
-    """
-    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)                       # f_e
-    mean = probs.sum(-2) / max(probs.shape[-2], 1)                                   # P_e
+    share = demand / demand.sum(-1, keepdim=True).clamp(min=1)                    # f_e
+    mean = probs.sum(-2) / max(probs.shape[-2], 1)                                # P_e; 0, not NaN, without a token
     return probs.shape[-1] * (share * mean).sum(-1).mean()
 
 
-def scoped_balance_loss(probs: Tensor, plan: Routing, used: Tensor | None, config, context: Context) -> Tensor:
+def z_loss(logits: Tensor) -> Tensor:
+    """Mean over tokens of logsumexp(logits)^2, which keeps the logits small (Zoph 2022, eq. 5)."""
+    return logits.logsumexp(-1).square().sum() / max(len(logits), 1)
+
+
+@torch.no_grad()
+def statistics(choice: Choice, demand: Tensor) -> dict[str, Tensor]:
+    """What the log tells about a batch: see Routing.stats."""
+    unweighted = choice.weights == 0 if choice.used is None else (choice.weights == 0) & choice.used
+    entropy = -(choice.probs * choice.probs.clamp(min=1e-38).log()).sum(-1)       # (N,) nats; ln E when undecided
+    return {"load": demand / max(choice.experts.numel(), 1),                      # share of all rows
+            "entropy": entropy.sum() / max(len(entropy), 1),
+            "dropped": (unweighted.sum() + choice.lost) / (demand.sum() + choice.lost).clamp(min=1)}
+
+
+# --- variations: how to keep the experts evenly busy ---
+# In any combination: the balance loss over one of three scopes; a bias on the choice, moved by the load itself; noise
+# on the choice; a capacity.
+
+
+def scoped_balance_loss(choice: Choice, demand: Tensor, config: RouterConfig, context: Context) -> Tensor:
     """The balance loss over config.balance_scope: the tokens among which the load is to be even.
 
     micro_batch   f_e and P_e of these N tokens
     sequence      of each sequence by itself, then the mean over sequences (DeepSeek-V3, eq. 17-20): the strictest
     global        f_e of the optimizer step's whole batch, P_e of these tokens: experts may specialise within it
-                  (Qiu 2025, "Demons in the detail"). f_e counts what has been seen so far: exact in the step's last
-                  micro-batch, less than the whole in those before. Outside training it is the micro-batch's
+                  (Qiu 2025, "Demons in the detail"). f_e counts what has been seen so far: exact in the step's
+                  last micro-batch, less than the whole before. Outside training it is the micro-batch's
     """
-    (n, n_expert), demand = probs.shape, plan.demand
+    n, n_expert = choice.probs.shape
     if config.balance_scope == "sequence" and context.seq_len and n:
         assert n % context.seq_len == 0, f"{n} tokens are no whole number of sequences of {context.seq_len}"
         groups = n // context.seq_len
-        return balance_loss(probs.view(groups, -1, n_expert), tally(plan.experts, n_expert, used, groups))
+        sequence = torch.arange(n, device=demand.device)[:, None] // context.seq_len
+        demand = tally(choice.experts + n_expert * sequence, groups * n_expert, choice.used)
+        return balance_loss(choice.probs.view(groups, -1, n_expert), demand.view(groups, n_expert))
     if config.balance_scope == "global" and context.training:
         demand = global_demand(demand, context)
-    return balance_loss(probs, demand)
+    return balance_loss(choice.probs, demand)
 
 
 def global_demand(demand: Tensor, context: Context) -> Tensor:
@@ -291,13 +234,29 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def preference(logits: Tensor, score: Callable, config: RouterConfig, context: Context) -> Tensor:
+    """The numbers (N, E) whose K largest are chosen; the weights do not see them. They are the logits, with noise if
+    there is any; with a selection bias score(logits, -1) + bias. (A score keeps the order of the logits, but its
+    rounding can make two of them equal.)"""
+    logits = noisy(logits, config, context)
+    return logits if context.bias is None else score(logits, -1) + context.bias
+
+
+def noisy(logits: Tensor, config: RouterConfig, context: Context) -> Tensor:
+    """The logits with Gaussian noise while training, so that all experts are tried (Shazeer 2017, eq. 4, where its
+    std is learnt; here it is a setting)."""
+    if context.training and config.router_noise > 0:
+        return logits + config.router_noise * torch.randn_like(logits)
+    return logits
+
+
 @torch.no_grad()
 def update_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     """Once an optimizer step, in place: bias += rate * sign(mean load - load), then its mean is taken off.
 
-    bias (..., E) float32 and load (..., E), the demand summed over the step on this rank. An expert with too few
-    tokens becomes easier to choose, with no gradient of its own to disturb the model (Wang 2024, "Auxiliary-loss-free
-    load balancing"; DeepSeek-V3, sec. 2.1.2). Only differences of the bias matter: mean 0 keeps it from drifting.
+    bias (..., E) float32; load (..., E), the demand summed over the step on this rank. An expert with too few tokens
+    becomes easier to choose, with no gradient of its own to disturb the model (Wang 2024, "Auxiliary-loss-free load
+    balancing"; DeepSeek-V3, sec. 2.1.2). Only differences of the bias matter: mean 0 keeps it from drifting.
     """
     load = sum_over_ranks(load).float()
     bias += rate * (load.mean(-1, keepdim=True) - load).sign()
@@ -305,54 +264,35 @@ def update_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     return bias
 
 
-def z_loss(logits: Tensor) -> Tensor:
-    """Router z-loss: mean over tokens of logsumexp(logits)^2, which keeps the logits small (Zoph 2022, eq. 5)."""
-    return mean_over_tokens(logits.logsumexp(-1).square())
-
-
-def drop(routing: Routing, factor: float) -> Routing:
-    """An expert serves its first C = ceil(factor * N K / E) choices in token order; others weigh 0 (Fedus 2021, eq. 3).
+def drop(routing: Routing, config: RouterConfig, training: bool) -> Routing:
+    """An expert serves its first C = ceil(factor * N K / E) choices in token order, others weigh 0 (Fedus 2021, eq. 3).
 
     The weights that stay are not renormalised, and a token dropped by all its experts passes on the residual alone.
-    This studies what dropping does to the loss. It saves no time: the rows of dropped choices are computed all the
-    same, since R must be known without asking the GPU.
+    No later token evicts an earlier one, but another sequence of the batch can. Dropping saves no time here: the rows
+    of dropped choices are computed all the same, since R must be known beforehand.
     """
-    (n, k), n_expert = routing.experts.shape, len(routing.counts)
-    capacity = math.ceil(factor * n * k / n_expert)
-    live = routing.weights.detach() > 0                                              # an unused slot takes no place
-    served = F.pad(live.flatten()[routing.token.long()].cumsum(0), (1, 0))           # (R + 1,) live rows before row r
-    start = served[(routing.offsets - routing.counts).long()]                        # (E,)
-    rank = served[routing.slot.long()] - start[routing.experts.long()]               # (N, K) live ones before, same e
-    routing = replace(routing, weights=routing.weights.where(rank < capacity, 0.0))
-    if routing.stats:
-        lost = (live & (rank >= capacity)).sum() / routing.demand.sum().clamp(min=1)
-        routing.stats = routing.stats | {"dropped": routing.stats["dropped"] + lost}
-    return routing
+    factor = config.capacity_factor if training else config.eval_capacity_factor
+    if factor is None:
+        return routing
+    n, k = routing.experts.shape
+    capacity = math.ceil(factor * n * k / len(routing.counts))
+    weights = routing.weights.detach()
+    live = torch.empty(n * k, dtype=torch.bool, device=weights.device)            # (R,) rows: an unused slot's is not
+    live[routing.slot.flatten()] = weights.flatten() > 0
+    served = F.pad(live.cumsum(0), (1, 0))                                        # (R + 1,) live rows before row r
+    start = served[routing.offsets - routing.counts]                              # (E,)
+    rank = served[routing.slot] - start[routing.experts]                          # (N, K) live ones before, same expert
+    late = (weights > 0) & (rank >= capacity)
+    dropped = routing.stats["dropped"] + late.sum() / routing.demand.sum().clamp(min=1)
+    return replace(routing, weights=routing.weights.where(~late, 0.0), stats=routing.stats | {"dropped": dropped})
 
 
-# --- policies -------------------------------------------------------------------------------------------------------
-# x are the logits of a token, S the experts it chooses, w_e their weights. The first line of each is what --list shows.
+# --- variations: six other policies ---
+# x are the logits of a token, S the experts it chooses, w_e their weights. `--list` shows each docstring's first line.
 
 
-@policy("softmax", causal=True, fused=True)
-def softmax(logits: Tensor, config, context: Context) -> Routing:
-    """Top-k of a softmax, weights renormalised or not (Shazeer 2017; Mixtral, Qwen3-MoE, OLMoE).
-
-        p = softmax(x)    S = the K largest p    w_e = p_e, or p_e / sum_S p if config.renormalize
-
-    Mixtral and Qwen3-MoE renormalise; OLMoE does not. Renormalised, w is the softmax of the chosen logits, in which
-    nothing can make 0 / 0; left as it is, it says how much mass the token gives to experts it did not visit.
-    """
-    logits, nonfinite = finite_rows(logits)
-    scores = preference(logits, partial(torch.softmax, dim=-1), config, context)     # (N, E)
-    experts = top_k(scores, config.top_k)                                            # (N, K)
-    probs, index = logits.softmax(-1), experts.long()                                # (N, E), (N, K)
-    weights = logits.gather(-1, index).softmax(-1) if config.renormalize else probs.gather(-1, index)
-    return finish(logits, probs, weights, experts, nonfinite, config, context)
-
-
-@policy("switch", causal=True, fused=True)
-def switch(logits: Tensor, config, context: Context) -> Routing:
+@policy("switch")
+def switch(logits: Tensor, config: RouterConfig, context: Context) -> Choice:
     """The one likeliest expert, weighed by its probability (Fedus 2021, eq. 1-2).
 
         p = softmax(x)    S = argmax p    w = p
@@ -360,161 +300,95 @@ def switch(logits: Tensor, config, context: Context) -> Routing:
     The weight must not be renormalised: it would be 1, whatever x, and the router would never learn.
     """
     assert config.top_k == 1, "the switch router visits one expert: top_k = 1"
-    logits, nonfinite = finite_rows(logits)
-    experts = top_k(preference(logits, partial(torch.softmax, dim=-1), config, context), 1)          # (N, 1)
-    probs = logits.softmax(-1)                                                       # (N, E)
-    return finish(logits, probs, probs.gather(-1, experts.long()), experts, nonfinite, config, context)
+    probs = logits.softmax(-1)
+    experts = top_k(preference(logits, torch.softmax, config, context), 1)        # (N, 1)
+    return Choice(experts, probs.gather(1, experts), probs)
 
 
-@policy("sigmoid", causal=True, fused=True)
-def sigmoid(logits: Tensor, config, context: Context) -> Routing:
+@policy("sigmoid")
+def sigmoid(logits: Tensor, config: RouterConfig, context: Context) -> Choice:
     """Top-k of independent sigmoid scores, usually with a selection bias (DeepSeek-V3, eq. 12-16).
 
         s = sigmoid(x)    S = the K largest s + bias    w_e = s_e / sum_S s, or s_e unless config.renormalize
 
     The balance loss sees s / sum s. Both quotients are a softmax of log s, where no underflow can make them 0 / 0.
     """
-    logits, nonfinite = finite_rows(logits)
-    experts = top_k(preference(logits, torch.sigmoid, config, context), config.top_k)
-    log_s = F.logsigmoid(logits)                                                     # (N, E)
-    chosen = log_s.gather(-1, experts.long())                                        # (N, K)
+    experts = top_k(preference(logits, lambda x, _: x.sigmoid(), config, context), config.top_k)
+    log_s = F.logsigmoid(logits)                                                  # (N, E)
+    chosen = log_s.gather(1, experts)                                             # (N, K)
     weights = chosen.softmax(-1) if config.renormalize else chosen.exp()
-    return finish(logits, log_s.softmax(-1), weights, experts, nonfinite, config, context)
+    return Choice(experts, weights, log_s.softmax(-1))
 
 
-@policy("top_p", causal=True)
-def top_p(logits: Tensor, config, context: Context) -> Routing:
+@policy("top_p")
+def top_p(logits: Tensor, config: RouterConfig, context: Context) -> Choice:
     """As many experts as it takes to reach probability top_p, K at most (Huang 2024, "Harder tasks").
 
         p = softmax(x), descending    S = the first m with p_1 + ... + p_m >= top_p, m <= K    w as for softmax
 
-    A sure token visits one expert, an unsure one several. Slots behind the m-th stay unused: their experts are the next
-    likeliest, of weight 0. Experts a token, on average: K times the sum of stats["load"].
+    A sure token visits one expert, an unsure one several. Slots behind the m-th are unused. Experts a token, on
+    average: K times the sum of stats["load"].
     """
-    logits, nonfinite = finite_rows(logits)
     chosen_by = noisy(logits, config, context)
     experts = top_k(chosen_by, config.top_k)
-    probs, index = logits.softmax(-1), experts.long()                                # (N, E), (N, K)
-    p = chosen_by.softmax(-1).gather(-1, index)
-    used = p.cumsum(-1) - p < config.top_p                                           # not yet reached before this one
-    chosen = logits.gather(-1, index).where(used, -torch.inf)
-    weights = chosen.softmax(-1) if config.renormalize else probs.gather(-1, index).where(used, 0.0)
-    return finish(logits, probs, weights, experts, nonfinite, config, context, used)
+    p = chosen_by.softmax(-1).gather(1, experts)                                  # (N, K), descending
+    used = p.cumsum(-1) - p < config.top_p                                        # not reached before this one
+    probs = logits.softmax(-1)
+    chosen = logits.gather(1, experts).where(used, -torch.inf)
+    weights = chosen.softmax(-1) if config.renormalize else probs.gather(1, experts).where(used, 0.0)
+    return Choice(experts, weights, probs, used)
 
 
 @policy("expert_choice", causal=False)
-def expert_choice(logits: Tensor, config, context: Context) -> Routing:
+def expert_choice(logits: Tensor, config: RouterConfig, context: Context) -> Choice:
     """Each expert takes its likeliest N K / E tokens; a token may get many or none (Zhou 2022, eq. 1-2).
 
         p = softmax(x)    expert e takes the C = ceil(N K / E) tokens of largest p_e    w_e = p_e, never renormalised
 
-    Load is even by construction. Not causal: a later token can take an earlier one's place, so a language model trained
-    like this has seen what it will not have when it writes. The plan's second axis is min(E, 2K) slots a token. One
-    taken by more experts loses the least likely (stats["dropped"]); unused slots hold its next likeliest, of weight 0.
+    Load is even by construction. Not causal: a later token can take an earlier one's place, which a model will not
+    have when it writes. A token has min(E, 2K) slots: one that more experts take loses the least likely.
     """
     assert config.capacity_factor is config.eval_capacity_factor is None, "expert choice has a capacity of its own"
-    logits, nonfinite = finite_rows(logits)
-    (n, n_expert), probs = logits.shape, logits.softmax(-1)
-    order = noisy(logits, config, context).softmax(-1).argsort(dim=0, descending=True, stable=True)  # (N, E)
+    n, n_expert = logits.shape
+    probs = logits.softmax(-1)
+    order = noisy(logits, config, context).softmax(-1).argsort(dim=0, descending=True, stable=True)   # (N, E)
     capacity = math.ceil(n * config.top_k / n_expert)
-    taken = torch.zeros_like(probs).scatter_(0, order[:capacity], 1.0)               # (N, E) 1 where e takes the token
-    experts = top_k(taken + probs, min(n_expert, 2 * config.top_k))                  # taken ones first
-    used = taken.gather(-1, experts.long()) > 0
-    weights = probs.gather(-1, experts.long()).where(used, 0.0)
-    plan = finish(logits, probs, weights, experts, nonfinite, config, context, used)
-    if plan.stats:
-        plan.stats["dropped"] = (taken.sum() - used.sum()) / max(n_expert * capacity, 1)
-    return plan
+    taken = torch.zeros_like(probs).scatter_(0, order[:capacity], 1.0)            # (N, E) 1 where e takes the token
+    experts = top_k(taken + probs, min(n_expert, 2 * config.top_k))               # taken ones first
+    used = taken.gather(1, experts) > 0
+    return Choice(experts, probs.gather(1, experts).where(used, 0.0), probs, used, taken.sum() - used.sum())
 
 
-@policy("hash", causal=True)
-def hash_ids(logits: Tensor, config, context: Context) -> Routing:
+@policy("hash")
+def hash_ids(logits: Tensor, config: RouterConfig, context: Context) -> Choice:
     """Experts fixed for ever by a hash of the token's id, nothing learnt (Roller 2021, "Hash layers").
 
         S = the K experts e of largest hash(id, e)    w_e = 1 / K
     """
     assert context.ids is not None, "the hash router chooses by token ids: pass Context(ids=...)"
-    n_expert = logits.shape[-1]
-    bits = context.ids.long()[:, None] * n_expert + torch.arange(n_expert, device=logits.device)     # (N, E), all apart
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):                       # MurmurHash3's last steps, 32 bits
+    expert = torch.arange(logits.shape[1], device=logits.device)
+    bits = context.ids.long()[:, None] * len(expert) + expert                     # (N, E), all different
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):                    # MurmurHash3's last steps, 32 bits
         bits = (bits ^ (bits >> shift)) * factor & 0xFFFFFFFF
-    return unlearnt(logits, (bits >> 8).float(), config, context)                    # 24 bits: exact in a float32
+    return unlearnt(logits, (bits >> 8).float(), config)                          # 24 bits: exact in a float32
 
 
-@policy("random", causal=True)
-def random(logits: Tensor, config, context: Context) -> Routing:
+@policy("random")
+def random(logits: Tensor, config: RouterConfig, context: Context) -> Choice:
     """K experts at random, anew for every token, nothing learnt: the floor any router must beat.
 
         S = K of E uniformly    w_e = 1 / K
     """
-    return unlearnt(logits, torch.rand_like(logits), config, context)
+    return unlearnt(logits, torch.rand_like(logits), config)
 
 
-def unlearnt(logits: Tensor, scores: Tensor, config, context: Context) -> Routing:
+def unlearnt(logits: Tensor, scores: Tensor, config: RouterConfig) -> Choice:
     """The K largest scores at equal weight. The balance loss is a constant 1: there is no probability to pull."""
-    logits, nonfinite = finite_rows(logits)
     experts = top_k(scores, config.top_k)
-    weights, even = logits.new_full(experts.shape, 1 / config.top_k), torch.full_like(logits, 1 / logits.shape[-1])
-    return finish(logits, even, weights, experts, nonfinite, config, context)
+    weights = logits.new_full(experts.shape, 1 / config.top_k)
+    return Choice(experts, weights, torch.full_like(logits, 1 / logits.shape[1]))
 
-
-def kernels_serve(logits: Tensor, config, context: Context) -> bool:
-    """Whether `topk_kernels` takes this one: a tile of tokens must fit in registers, and noise is drawn in torch."""
-    fits = len(logits) > 0 and config.top_k <= 32 and logits.shape[-1] <= 1024
-    plain = config.balance_scope != "sequence" and not (context.training and config.router_noise > 0)
-    return fits and plain and use_kernels(logits) and not torch.compiler.is_compiling()     # it fuses the definition
-
-
-def use_kernels(x: Tensor) -> bool:
-    """Whether the Triton kernels below take this tensor: the one place that decides."""
-    return triton is not None and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-
-
-# --- moving rows ----------------------------------------------------------------------------------------------------
-# Into expert order and back. Each is the other's gradient, and both read the same index, slot (N, K): where the copies
-# of a token stand. Going by slot, a token is read once and written K times; going by row, it would be read K times.
-
-
-def gather(x: Tensor, slot: Tensor) -> Tensor:
-    """Copy tokens into expert order: x (N, D), slot (N, K) -> (R, D). Its gradient is `combine`."""
-    return Gather.apply(x, slot)
-
-
-def combine(rows: Tensor, slot: Tensor) -> Tensor:
-    """Sum the K rows of each token in float32, in the order of k: rows (R, D), slot (N, K) -> (N, D).
-
-    No atomics and one fixed order: the same bits every time. Its gradient is `gather`.
-    """
-    return Combine.apply(rows, slot)
-
-
-class Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, slot):
-        ctx.save_for_backward(slot)
-        if use_kernels(x) and len(slot):
-            return run_rows(gather_rows, x.contiguous(), slot, slot.numel())
-        return x.index_select(0, invert(slot.flatten()) // slot.shape[1])
-
-    @staticmethod
-    def backward(ctx, d_rows):
-        return Combine.apply(d_rows, *ctx.saved_tensors), None
-
-
-class Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, slot):
-        ctx.save_for_backward(slot)
-        if use_kernels(rows) and len(slot):
-            return run_rows(combine_rows, rows.contiguous(), slot, len(slot))
-        return F.embedding_bag(slot, rows, mode="sum")                               # a CPU: 6 to 11 times index + sum
-
-    @staticmethod
-    def backward(ctx, d_x):
-        return Gather.apply(d_x, *ctx.saved_tensors), None
-
-
-# --- the kernels ----------------------------------------------------------------------------------------------------
+# === Part 2: the same, faster =====================================================================================
 # The definition passes over the (N, E) logits 20 + K times forward and 20 times back, in some ninety launches, and
 # sorts R integers between. At N = 16,384, E = 128, K = 8 one pass is 8.4 MB, a few microseconds of memory; a launch
 # costs about as much. So: read the logits once, keep the tile in registers, write only what the contract asks for.
@@ -527,6 +401,44 @@ class Combine(torch.autograd.Function):
 #
 # Nothing is added atomically, so nothing depends on which program runs first: the same bits every time. A tile is a
 # power of two each way (Triton's rule) and is masked down to N and E. N * E may pass 2^31: such offsets are int64.
+
+from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+    jit, constexpr = triton.jit, tl.constexpr
+except ImportError:                                   # macOS, for one: the definition does all the work
+    triton, tl, jit, constexpr = None, None, lambda kernel: kernel, None
+
+
+def use_kernels(x: Tensor) -> bool:
+    """Whether the Triton kernels of this file and of model.py take this tensor: the one place that decides."""
+    return triton is not None and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+FUSED = ("softmax", "switch", "sigmoid")              # the policies that the kernels know
+
+
+def fast_route(logits: Tensor, config: RouterConfig, context: Context | None = None) -> Routing:
+    """`route`, by the kernels where they serve: the same weights and losses to rounding, everything else exactly.
+
+    They need a tile of tokens in registers (K <= 32, E <= 1024); noise and the sequence scope stay with torch.
+    """
+    context = context or Context()
+    fits = len(logits) > 0 and config.top_k <= 32 and logits.shape[1] <= 1024
+    known = config.router in FUSED and config.balance_scope != "sequence"
+    noise = context.training and config.router_noise > 0
+    if not (fits and known and not noise and use_kernels(logits)):
+        return route(logits, config, context)
+    return drop(route_by_kernels(logits, config, context), config, context.training)
+
+
+@torch.compiler.disable           # fused by hand already
+def route_by_kernels(logits: Tensor, config: RouterConfig, context: Context) -> Routing:
+    *plan, load, scalars = TopK.apply(logits, config, context)
+    stats = {"load": load} | dict(zip(("entropy", "dropped", "nonfinite"), scalars.detach()[2:].unbind()))
+    return Routing(*plan, plan[2], {"balance": scalars[0], "z": scalars[1]}, stats)
 
 
 def tiling(n_expert: int) -> dict:
@@ -662,7 +574,7 @@ def place_rows(experts, ends, slot, token, N, T, E: constexpr, K: constexpr,
         row = begin[None, :] + tl.cumsum(hot, 0) - hot                               # (ROWS, BLOCK_E)
         choice = (base + n)[:, None] * K + rank
         tl.store(slot + choice, row, rank < K)
-        tl.store(token + row, choice, rank < K)
+        tl.store(token + row, (base + n)[:, None], rank < K)
         begin += tl.sum(hot, 0)
 
 
@@ -757,7 +669,7 @@ def combine_rows(rows, slot, x, D, K: constexpr, BLOCK_D: constexpr):
     tl.store(x + n * D + d, total.to(x.dtype.element_ty), d < D)
 
 
-# --- the kernels: launching them ------------------------------------------------------------------------------------
+# --- launching them ---
 
 
 def run_route_fwd(logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, renormalize: bool) -> tuple[Tensor, ...]:
@@ -775,7 +687,8 @@ def run_route_fwd(logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, re
 def run_place(experts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """Returns slot (N, K) and token (R,), both int32."""
     (n, k), (n_expert, n_tile) = experts.shape, ends.shape
-    slot, token = torch.empty_like(experts), experts.new_empty(n * k)
+    slot = torch.empty_like(experts)
+    token = experts.new_empty(n * k)
     place_rows[(n_tile,)](experts, ends, slot, token, n, n_tile, n_expert, k, **tiling(n_expert))
     return slot, token
 
@@ -816,8 +729,8 @@ class TopK(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, config, context):
-        logits, name = logits.contiguous(), config.router
-        form = name == "sigmoid", bool(config.renormalize) and name != "switch"      # sigmoid, renormalize
+        logits = logits.contiguous()
+        form = config.router == "sigmoid", config.renormalize and config.router != "switch"      # sigmoid, renormalize
         weights, experts, lse, ends, sums = run_route_fwd(logits, context.bias, config.top_k, *form)
         counts, offsets, load, scalars = run_totals(ends, sums, len(logits), config.top_k)
         slot, token = run_place(experts, ends)
@@ -828,8 +741,8 @@ class TopK(torch.autograd.Function):
             scalars[0] = len(load) / len(logits) * (share * sums[:len(load)].sum(1)).sum()
         ctx.save_for_backward(logits, lse, weights, experts, share)
         ctx.form = form
-        ctx.mark_non_differentiable(experts, counts, offsets, slot, token, load)
-        return weights, experts, counts, offsets, slot, token, load, scalars
+        ctx.mark_non_differentiable(experts, counts, offsets, token, slot, load)
+        return weights, experts, counts, offsets, token, slot, load, scalars
 
     @staticmethod
     @once_differentiable
@@ -837,15 +750,89 @@ class TopK(torch.autograd.Function):
         return run_route_bwd(ctx.saved_tensors, d_weights, others[-1], *ctx.form), None, None
 
 
-def topk_kernels(logits: Tensor, config, context: Context) -> Routing:
-    """A fused policy through the kernels: the same Routing, weights and losses to rounding, everything else exactly."""
-    *plan, load, scalars = TopK.apply(logits, config, context)
-    names = ("entropy", "dropped", "nonfinite")
-    stats = {"load": load} | dict(zip(names, scalars.detach()[2:].unbind()))
-    return Routing(*plan, plan[2], {"balance": scalars[0], "z": scalars[1]}, stats)
+# --- moving rows ---
+# Into expert order and back. Each is the other's gradient, and both read the same index, slot (N, K): where the copies
+# of a token stand. Going by slot, a token is read once and written K times; going by row, it would be read K times.
 
 
-# --- the self-check -------------------------------------------------------------------------------------------------
+def gather(x: Tensor, slot: Tensor) -> Tensor:
+    """Copy tokens into expert order: x (N, D), slot (N, K) -> (R, D). Its gradient is `combine`."""
+    return Gather.apply(x, slot)
+
+
+def combine(rows: Tensor, slot: Tensor) -> Tensor:
+    """Sum the K rows of each token in float32, in the order of k: rows (R, D), slot (N, K) -> (N, D).
+
+    No atomics and one fixed order: the same bits every time. Its gradient is `gather`.
+    """
+    return Combine.apply(rows, slot)
+
+
+class Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, slot):
+        ctx.save_for_backward(slot)
+        if use_kernels(x) and len(slot):
+            return run_rows(gather_rows, x.contiguous(), slot, slot.numel())
+        row_to_token = torch.empty_like(slot).view(-1).scatter_(
+            0, slot.flatten().long(), torch.arange(slot.numel(), dtype=slot.dtype, device=slot.device))
+        return x.index_select(0, row_to_token // slot.shape[1])
+
+    @staticmethod
+    def backward(ctx, d_rows):
+        return Combine.apply(d_rows, *ctx.saved_tensors), None
+
+
+class Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, slot):
+        ctx.save_for_backward(slot)
+        if use_kernels(rows) and len(slot):
+            return run_rows(combine_rows, rows.contiguous(), slot, len(slot))
+        return F.embedding_bag(slot, rows, mode="sum")                               # a CPU: 6 to 11 times index + sum
+
+    @staticmethod
+    def backward(ctx, d_x):
+        return Gather.apply(d_x, *ctx.saved_tensors), None
+
+
+# === Part 3: tools ================================================================================================
+
+import argparse
+import difflib
+import sys
+
+
+class BadInput(Exception):
+    """The user can mend this: one line saying what is wrong, what is allowed, and the fix. Scripts exit with code 2."""
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise BadInput(message)
+
+
+def closest(word: str, known) -> str:
+    """', did you mean X?' when a known name is near, else ''."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise BadInput(f"{message}; python {self.prog} --help lists what there is")
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Run a script's main; what the user can mend is one line on stderr and exit code 2."""
+    sys.stdout.reconfigure(errors="replace")             # a text may hold what the terminal cannot show
+    try:
+        main(sys.argv[1:])
+    except BadInput as error:
+        print(f"error: {error}".replace("\n", " "), file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(130)
 
 
 def check(routing: Routing, n_token: int, n_expert: int) -> None:
@@ -855,21 +842,22 @@ def check(routing: Routing, n_token: int, n_expert: int) -> None:
     flat = routing.experts.flatten().long()
     assert routing.weights.shape == routing.experts.shape == routing.slot.shape == (n_token, k)
     assert routing.weights.dtype == torch.float32 and routing.weights.isfinite().all() and (routing.weights >= 0).all()
-    for name in ("experts", "counts", "offsets", "slot", "token", "demand"):
-        assert getattr(routing, name).dtype == torch.int32, name
+    for name in ("experts", "counts", "offsets", "token", "slot", "demand"):
+        assert getattr(routing, name).dtype in (torch.int64, torch.int32), name
     assert ((flat >= 0) & (flat < n_expert)).all(), "an expert that does not exist"
     assert all(len(set(row)) == k for row in routing.experts.tolist()), "a token visits the same expert twice"
     assert torch.equal(routing.counts.long(), torch.bincount(flat, minlength=n_expert)), "counts"
     assert routing.demand.shape == (n_expert,) and (routing.demand <= routing.counts).all(), "demand"
-    assert torch.equal(routing.offsets, routing.counts.cumsum(0, dtype=torch.int32)), "offsets"
+    assert torch.equal(routing.offsets.long(), routing.counts.cumsum(0)), "offsets"
     row = torch.arange(rows, device=flat.device)
-    order = (flat * rows + row).argsort()                                            # expert first, then token order
-    assert torch.equal(routing.token.long(), order), "rows are not in expert order, ties in token order"
-    assert torch.equal(routing.slot.flatten().long()[order], row), "slot is not the inverse of token"
-    assert set(routing.losses) == {"balance", "z"} and {"load", "entropy", "dropped", "nonfinite"} <= set(routing.stats)
+    order = (flat * rows + row).argsort()                                         # expert first, then token order
+    assert torch.equal(routing.token.long(), order // k), "rows are not in expert order, ties in token order"
+    assert torch.equal(routing.slot.flatten().long()[order], row), "slot does not lead to the row of each choice"
+    assert set(routing.losses) == {"balance", "z"}
+    assert set(routing.stats) == {"load", "entropy", "dropped", "nonfinite"}
 
 
-def check_causal(logits: Tensor, config, context: Context) -> bool:
+def check_causal(logits: Tensor, config: RouterConfig, context: Context) -> bool:
     """Whether an earlier token keeps its experts and weights when every later token changes (and chance does not)."""
     half = len(logits) // 2
     changed = torch.cat([logits[:half], -logits[half:]])
@@ -882,147 +870,64 @@ def check_causal(logits: Tensor, config, context: Context) -> bool:
     return torch.equal(a.experts[:half], b.experts[:half]) and torch.equal(a.weights[:half], b.weights[:half])
 
 
-# The lesson in numbers: what the definition and the kernels move, and on a GPU how long they take for it.
-
-
-def bytes_moved(n: int, e: int, k: int, d: int) -> dict[str, tuple[int, int]]:
-    """Bytes through main memory, (definition, kernels): rows of D in bfloat16, everything else 4 bytes a number.
-
-    The definition's are its operators' inputs and outputs, added up: 20 + K passes over the logits forward, 20 back.
-    Its gather reads a token K times; its combine copies the rows into token order and then reads them again to add.
-    """
-    logits, r = 4 * n * e, n * k
-    tiles = 4 * -(-n // tiling(e)["TILE"])
-    score, sort = logits + 4 * n * (2 * k + 1) + tiles * (2 * e + 4), 12 * r + tiles * e
-    return {
-        "route, forward": ((20 + k) * logits + 192 * r, score + sort + tiles * (3 * e + 4)),
-        "  of it route_fwd": ((20 + k) * logits + 88 * r, score),
-        "  of it place": (104 * r, sort),
-        "route, backward": (20 * logits, 2 * logits + 4 * n * (3 * k + 1)),
-        "gather": (4 * d * r, 2 * d * (n + r)),
-        "combine": (2 * d * (3 * r + n), 2 * d * (n + r)),
-    }
-
-
-def functions_timed(n: int, e: int, k: int, d: int) -> dict[str, tuple[Callable, Callable]]:
-    """The same rows as `bytes_moved`, as (definition, kernels) to call on a GPU."""
-    config, here = settings("softmax", k), Context()
-    logits = torch.randn(n, e, device="cuda", requires_grad=True)
-    plan, fused = softmax(logits, config, here), topk_kernels(logits, config, here)
-    score = lambda: run_route_fwd(logits.detach(), None, k, False, True)
-    x, d_weights = torch.randn(n, d, device="cuda", dtype=torch.bfloat16), torch.randn_like(plan.weights)
-    rows, ends = gather(x, plan.slot), score()[3]
-
-    def backward(routing):
-        loss = (routing.weights * d_weights).sum() + routing.losses["balance"] + routing.losses["z"]
-        return lambda: torch.autograd.grad(loss, logits, retain_graph=True)
-
-    return {
-        "route, forward": (lambda: softmax(logits, config, here), lambda: topk_kernels(logits, config, here)),
-        "  of it route_fwd": (lambda: top_k(logits.softmax(-1), k), score),
-        "  of it place": (lambda: place(plan.experts, e), lambda: run_place(plan.experts, ends)),
-        "route, backward": (backward(plan), backward(fused)),
-        "gather": (lambda: x.index_select(0, plan.token // k), lambda: run_rows(gather_rows, x, plan.slot, n * k)),
-        "combine": (lambda: rows.index_select(0, plan.slot.flatten()).view(n, k, d).sum(1),
-                    lambda: run_rows(combine_rows, rows, plan.slot, n)),
-    }
-
-
-def print_kernels(n: int = 16384, e: int = 128, k: int = 8, d: int = 2048) -> None:
-    """Print definition against kernels: megabytes moved and, on a GPU, microseconds and share of the copy floor."""
-    print(f"\ndefinition -> kernels at N = {n}, E = {e}, K = {k}, D = {d}")
-    moved, gpu = bytes_moved(n, e, k, d), triton is not None and torch.cuda.is_available()
-    timed = functions_timed(n, e, k, d) if gpu else {}
-    if gpu:
-        clock = lambda function: 1e3 * triton.testing.do_bench(function, return_mode="median")   # microseconds
-        block = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-        rate = 2 * block.numel() / clock(block.clone)                                # bytes a microsecond, both ways
-    for name, (naive, fast) in moved.items():
-        line = f"  {name:18s} {naive / 1e6:8.1f} -> {fast / 1e6:6.1f} MB ({naive / fast:4.1f} times less)"
-        if gpu:
-            slow, quick = map(clock, timed[name])
-            line += f"   {slow:8.1f} -> {quick:6.1f} us, {fast / rate / quick:4.0%} of the copy rate"
-        print(line)
-    print(f"  copy rate measured: {rate / 1e6:.2f} TB/s" if gpu else "  no GPU here: nothing to time")
-
-
-# The policies side by side, on the logits of a router with favourites.
-
-
 def describe(name: str) -> str:
     """A policy on one line: name, whether it is causal, and the first line of its docstring."""
-    what = (POLICIES[name].route.__doc__ or "").partition("\n")[0]
+    what = (POLICIES[name].__doc__ or "").partition("\n")[0]
     return f"{name:14s}{'causal' if POLICIES[name].causal else 'not causal':12s}{what}"
 
 
-def figures(name: str, n: int = 512, e: int = 16) -> dict:
-    """Check a policy's promises on synthetic logits, and return what it does with them: numbers, ready for JSON."""
-    draw = torch.Generator().manual_seed(0)
-    logits = torch.randn(n, e, generator=draw) + torch.linspace(1, -1, e)
-    ids = (256 * torch.rand(n, generator=draw) ** 3).long()                          # some tokens are frequent
-    config, context = settings(name, 1 if name == "switch" else 4), Context(ids, training=True)
+def try_policy(name: str, n: int = 512, e: int = 16) -> Routing:
+    """Check a policy's promises on the logits of a router with favourites, and return what it does with them."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(n, e, generator=generator) + torch.linspace(1, -1, e)
+    ids = (256 * torch.rand(n, generator=generator) ** 3).long()                  # some tokens are frequent
+    config = RouterConfig(name, top_k=1 if name == "switch" else 4)
+    context = Context(ids, training=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        plan = route(logits, config, context)
-    check(plan, n, e)
+        routing = route(logits, config, context)
+    check(routing, n, e)
     assert not POLICIES[name].causal or check_causal(logits, config, context), f"{name} says it is causal and is not"
-    about = {"policy": name, "n_token": n, "n_expert": e, "top_k": config.top_k}
-    return about | {key: value.tolist() for key, value in (plan.losses | plan.stats).items()}
+    return routing
 
 
-def print_policies(names) -> None:
+def compare_policies(names) -> None:
+    """A line a policy on the same logits, then what each is."""
     print("512 tokens, 16 experts, top-4 (switch: top-1); balance loss: 1 is even, 4 the worst (switch: 16)\n")
     print("  policy          balance      z  entropy  busiest expert  slots in use  dropped")
-    for f in map(figures, names):
-        busiest, used = 16 * max(f["load"]) / sum(f["load"]), sum(f["load"])
-        print(f"  {f['policy']:14s} {f['balance']:8.3f} {f['z']:6.2f} {f['entropy']:8.2f} {busiest:8.2f} x even "
-              f"{used:13.1%} {f['dropped']:8.1%}")
+    for name in names:
+        routing = try_policy(name)
+        numbers = {key: x.sum().item() for key, x in (routing.losses | routing.stats).items()}
+        busiest = 16 * routing.stats["load"].max() / numbers["load"]
+        print(f"  {name:14s} {numbers['balance']:8.3f} {numbers['z']:6.2f} {numbers['entropy']:8.2f} "
+              f"{busiest:8.2f} x even {numbers['load']:13.1%} {numbers['dropped']:8.1%}")
     print("\n" + "\n".join("  " + describe(name) for name in names))
 
 
-def draw_policy(name: str, folder: Path = Path("out")) -> None:
-    """The load of one policy in text, and in FOLDER/router_NAME.png with its data beside it in .json."""
-    from matplotlib.figure import Figure
-
-    f, path = figures(name), folder / f"router_{name}.json"
-    even = sum(f["load"]) / f["n_expert"]
+def show_load(name: str) -> None:
+    """The share of the rows of each expert, as bars of text."""
+    load = try_policy(name).stats["load"].tolist()
+    even = sum(load) / len(load)
     print("\nshare of all rows that each expert is chosen for")
-    for e, share in enumerate(f["load"]):
+    for e, share in enumerate(load):
         print(f"  expert {e:3d} {share:6.2%} {'#' * round(20 * share / even)}")
     print(f"  {'even load':10s} {even:6.2%} {'#' * 20}")
-    picture = Figure(figsize=(6, 3), layout="constrained")
-    axes = picture.subplots()
-    axes.bar(range(f["n_expert"]), f["load"])
-    axes.axhline(even, color="black", linewidth=1, label="even load")
-    axes.set(xlabel="expert", ylabel="share of rows", title=f"{name}: load on logits with favourites")
-    axes.legend()
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(f, indent=1) + "\n")
-    picture.savefig(path.with_suffix(".png"), dpi=150)
-    print(f"\nwrote {path.with_suffix('.png')} and {path}")
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Check and compare the routing policies.")
+def main(argv: list[str]) -> None:
+    parser = Parser(allow_abbrev=False, description="Check and compare the routing policies.")
     parser.add_argument("--list", action="store_true", help="name the policies, one line each")
-    parser.add_argument("--policy", metavar="NAME", help="the load of one policy: text, out/router_NAME.png and .json")
-    parser.error = lambda message: parser.exit(2, f"error: {message}; python router.py --help lists what there is\n")
-    args = parser.parse_args(arguments)
-    if args.policy is not None and args.policy not in POLICIES:
-        near = difflib.get_close_matches(args.policy, POLICIES, 1)
-        print(f"error: policy {args.policy!r} is not one of {', '.join(POLICIES)}"
-              + (f", did you mean {near[0]}?" if near else ""), file=sys.stderr)
-        return 2
+    parser.add_argument("--policy", metavar="NAME", help="the load that one policy gives its experts")
+    args = parser.parse_args(argv)
+    require(args.policy in (None, *POLICIES),
+            f"policy {args.policy!r} is not one of {', '.join(POLICIES)}{closest(str(args.policy), POLICIES)}")
     if args.list:
         print("\n".join(map(describe, POLICIES)))
-    elif args.policy:
-        print_policies([args.policy])
-        draw_policy(args.policy)
-    else:
-        print_policies(POLICIES)
-        print_kernels()
-    return 0
+        return
+    compare_policies([args.policy] if args.policy else POLICIES)
+    if args.policy:
+        show_load(args.policy)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

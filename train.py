@@ -2,86 +2,35 @@
 train.py: one command from a config file to a trained model.
 
     python train.py configs/tiny.py                        train; the same command again continues where it stopped
-    python train.py configs/tiny.py --learning_rate=3e-4   any field of the config, by name
-    python train.py --help                                 every field, its meaning and default
-    python train.py draw out/tiny out/tiny_dense           the figures again, and both losses in one
-
-A file that sets `runs = [dict(name=..., field=...), ...]` is a sweep: its other fields are shared, each run is a
-process of its own, and one that fails or runs out of memory does not stop the rest. The same command continues it.
-
-    python train.py configs/search/architecture.py         run after run, then a ranking in out/NAME/summary.md
-        --dry_run                                          only the table of runs: sizes, FLOPs, does each fit here
-        --report                                           only the summary of what there is so far
-        --only=deep,wide                                   only these runs
-        --parallel  --parallel=2                           a run on each GPU at once; two at once
-        --seeds=1,2,3  --scale=4                           each run once per seed; the file sees the name `scale`
-
-Top to bottom: the configuration and how it is checked; text to tokens on disk; which tokens make up step s; the
-learning rate at step s; checkpoints; evaluation; the loop; the figures of a run; sweeps.
+    python train.py configs/tiny.py --learning_rate=3e-4   any field of the config, by name (--help lists them)
 
 One rule runs through the file: everything a step needs is a function of (config, step). Which tokens, which learning
 rate, which random numbers: nothing is carried along except the weights and the optimizer. So a run that was
 interrupted at any step and continued ends, on a CPU, in the same weights to the last bit as one that was not.
 
-A run leaves in out/NAME: config.json, log.jsonl (a line a step), ckpt.pt, result.json, loss.png and experts.png.
-Exit codes: 0 done, or interrupted and saved; 2 bad input; 3 diverged. A sweep: 0 if every run has a result, else 1.
+Part 1 is the lesson: config, text to windows of tokens, learning rate, evaluation, and the loop, which talks to one
+object that keeps the run. Part 2 is what real runs need: every value checked, other data, exact resume, a log, figures.
+Part 3 is sweeps: a file that sets `runs = [dict(name=..., field=...), ...]` trains each of them and ranks them.
 """
 
-import argparse
 import ast
-import csv
-import ctypes
-import glob
-import gzip
-import hashlib
-import inspect
-import io
-import json
 import math
-import os
-import platform
-import re
-import resource
 import runpy
-import shlex
-import shutil
-import signal
-import statistics
-import struct
-import subprocess
 import sys
 import sysconfig
-import time
-import types
-import typing
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
-from itertools import pairwise
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from model import (
-    CARDS,
-    BadInput,
-    Model,
-    ModelConfig,
-    Parser,
-    closest,
-    count,
-    load_model,
-    load_tokenizer,
-    memory,
-    optional,
-    parameter_groups,
-    require,
-    run_script,
-    write_text,
-)
+from model import Model, ModelConfig, Output
 
-# --- the configuration ----------------------------------------------------------------------------------------------
+# === Part 1: the lesson ===========================================================================================
 
 
 @dataclass
@@ -101,7 +50,7 @@ class Config(ModelConfig):
     schedule: str = "cosine"             # after warmup "cosine", or "constant" until a linear decay at the end
     warmup: float = 0.1                  # linear warmup: up to 1 a fraction of the run, above 1 tokens
     decay: float = 0.2                   # linear decay of schedule "constant": up to 1 a fraction, above 1 tokens
-    weight_decay: float = 0.1            # of matrices (see parameter_groups in model.py)
+    weight_decay: float = 0.1            # of matrices (see parameter_groups)
     beta1: float = 0.9                   # AdamW, mean of gradients
     beta2: float = 0.95                  # AdamW, mean of squares
     grad_clip: float = 1.0               # largest norm of the gradient; 0: no limit
@@ -111,53 +60,333 @@ class Config(ModelConfig):
     checkpoint_interval: int = 250       # steps between checkpoints
     device: str = "auto"                 # "cpu", "cuda", "cuda:1", ...; auto: the GPU if there is one
     dtype: str = "auto"                  # of matrix products, "float32" or "bfloat16"; auto: bfloat16 on a GPU
-    compile: bool = False                # torch.compile the model
-    init_from: str = ""                  # start from these weights: a Hugging Face folder, or an earlier run's out_dir
-    overwrite: bool = False              # throw an earlier run in out_dir away
+    compile: bool = False                # torch.compile the model (Part 2)
+    plain: bool = False                  # train by the lessons' plain operators, not by their faster versions (Part 2)
+    init_from: str = ""                  # start from these weights: Hugging Face folder, or a run's out_dir (Part 2)
+    overwrite: bool = False              # throw an earlier run in out_dir away (Part 2)
 
-    def validate(self) -> None:
-        """Raise BadInput at the first value that cannot be trained with."""
-        super().validate()
-        for name in ("max_steps", "max_tokens", "micro_batch", "learning_rate", "eval_interval", "eval_tokens",
-                     "log_interval", "checkpoint_interval"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} = {value} must be positive")
-        for name in ("min_learning_rate", "warmup", "decay", "weight_decay", "grad_clip", "seed"):
-            require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)} must not be negative")
-        require(self.seed < 2**32, f"seed = {self.seed} must be less than 2**32")
-        for name in ("dataset", "tokenizer"):
-            require(0 < len(getattr(self, name)) < 1000, f"{name} must be a name of 1 to 1000 characters")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"{name} = {getattr(self, name)} must be in [0, 1)")
-        for name, allowed in (("schedule", ("cosine", "constant")), ("dtype", ("float32", "bfloat16"))):
-            value = getattr(self, name)
-            require(value in allowed, f"{name} = {value!r} must be one of {', '.join(allowed)}")
-        require(self.min_learning_rate <= self.learning_rate,
-                f"min_learning_rate = {self.min_learning_rate} must not exceed learning_rate = {self.learning_rate}")
-        unit, starts = self.micro_batch * self.seq_len, [start for start, _ in self.ramp()]
-        for _, batch in self.ramp():
-            near = max(1, round(batch / unit)) * unit
-            require(batch > 0 and batch % unit == 0,
-                    f"batch_tokens = {batch} must be a multiple of micro_batch * seq_len = {unit}, say {near}")
-        require(starts[0] == 0 and starts == sorted(set(starts)),
-                f"batch_tokens = {self.batch_tokens}: a ramp starts at token 0 and goes up")
+    def resolve(self) -> "Config":
+        """Put the device and precision of this machine in the place of "auto"."""
+        self.device = self.device.replace("auto", "cuda" if torch.cuda.device_count() else "cpu")
+        self.dtype = self.dtype.replace("auto", "bfloat16" if self.device.startswith("cuda") else "float32")
+        return self
 
-    def ramp(self) -> list[tuple[int, int]]:
-        """batch_tokens as [(from token, batch_tokens), ...], however it was written."""
-        if isinstance(self.batch_tokens, list):
-            pairs = [pair for pair in self.batch_tokens if isinstance(pair, (list, tuple)) and len(pair) == 2]
-            numbers = [n for pair in pairs for n in pair if isinstance(n, (int, float)) and float(n).is_integer()]
-            require(len(numbers) == 2 * len(self.batch_tokens) > 0,
-                    f"batch_tokens = {self.batch_tokens}: a ramp is a list of (from token, tokens a step) pairs")
-            return [(int(start), int(batch)) for start, batch in pairs]
-        return [(0, self.micro_batch * self.seq_len if self.batch_tokens is None else self.batch_tokens)]
+
+PART_2 = ("tokenizer", "compile", "plain", "init_from", "overwrite", "recompute")   # the lesson has their defaults
+
+
+def load_config(path: str, words: list[str] = ()) -> Config:
+    """A flat Python file, then words --name=value, which win. Part 2 has a way that checks types and values, too."""
+    defaults = {f.name: f.default for f in fields(Config)}
+    names = {name: value for name, value in runpy.run_path(path).items() if not name.startswith("_")}
+    for word in words:
+        name, _, value = word.removeprefix("--").partition("=")
+        names[name] = value if isinstance(defaults.get(name), str) else ast.literal_eval(value)
+    for name, value in names.items():
+        if name not in defaults:
+            refuse(f"{name} is no config field")
+        if (name in PART_2 and value != defaults[name]) or (name == "batch_tokens" and isinstance(value, list)):
+            refuse(f"{name} = {value!r} is for the whole train.py; the lesson knows {defaults[name]!r} alone")
+    return Config(**{"out_dir": f"out/{Path(path).stem}"} | names).resolve()
+
+
+def refuse(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- text to windows of tokens ---
+
+
+def documents(dataset: str) -> Iterator[bytes]:
+    """The text of each file, in a fixed order: of Python's library without its tests, or of a folder."""
+    stdlib = dataset == "stdlib"
+    root = Path(sysconfig.get_paths()["stdlib"]) if stdlib else Path(dataset)
+    leave = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"} if stdlib else set()
+    for path in sorted(root.rglob("*")):
+        text = path.suffix in ((".py",) if stdlib else (".txt", ".md", ".py"))
+        if text and path.is_file() and not leave & set(path.relative_to(root).parts):
+            yield path.read_bytes()
+
+
+END_OF_TEXT = 256               # behind each document; the tokens before it are the 256 bytes
+
+
+def is_held_out(text: bytes) -> bool:
+    """One document in 20 is for validation, by a checksum of its text: copies of a document stay on one side."""
+    return zlib.crc32(text) % 20 == 0
+
+
+class Windows:
+    """Tokens cut into windows of seq_len + 1, since targets are the inputs one token later."""
+
+    def __init__(self, tokens: np.ndarray, seq_len: int):
+        self.tokens, self.seq_len = tokens, seq_len
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.seq_len
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.tokens[i * self.seq_len:(i + 1) * self.seq_len + 1].astype(np.int64)
+
+    def batch(self, which: list[int]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each (len(which), T) int64."""
+        rows = torch.from_numpy(np.stack([self[i] for i in which]))
+        return rows[:, :-1], rows[:, 1:]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of the n windows in an epoch, in which each comes once."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+class Data:
+    """What the steps are made of: text as bytes. Part 2's Corpus knows other tokenizers and files, and ramps."""
+
+    def __init__(self, config: Config):
+        sides = ([], [])                                                         # for training, for validation
+        for text in documents(config.dataset):
+            sides[is_held_out(text)].append(np.array([*text, END_OF_TEXT], np.uint16))
+        if not all(sides):
+            refuse(f"dataset {config.dataset!r} has too few documents to hold one in 20 out")
+        self.train, self.val = (Windows(np.concatenate(side), config.seq_len) for side in sides)
+        self.config = config
+
+    @property
+    def steps(self) -> int:
+        """max_steps, or the first number of them that reaches max_tokens if that is sooner."""
+        c, batch = self.config, self.position(0)[1]
+        return c.max_steps if c.max_tokens is None else min(c.max_steps, math.ceil(c.max_tokens / batch))
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(tokens trained on before this step, tokens in it)."""
+        batch = self.config.batch_tokens or self.config.micro_batch * self.config.seq_len
+        return step * batch, batch
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets (micro_batch, T), as many as make up the step: whatever its size, the same windows."""
+        c, n = self.config, len(self.train)
+        tokens, batch = self.position(step)
+        for start in range(tokens // c.seq_len, (tokens + batch) // c.seq_len, c.micro_batch):
+            which = range(start, start + c.micro_batch)
+            yield self.train.batch([epoch_order(c.seed, i // n, n)[i % n] for i in which])
+
+    def n_bytes(self, tokens: Tensor) -> int:
+        """Bytes of text behind these tokens; end-of-text has none."""
+        return int((tokens != END_OF_TEXT).sum())
+
+
+# --- the learning rate, evaluation, the loop ---
+
+
+def learning_rate(config: Config, tokens: int, batch: int, total: int) -> float:
+    """Of the step of `batch` tokens after the first `tokens` of `total`: linear warmup, then a cosine to the end, or
+    constant and a linear decay. By tokens, so that a step's size does not bend it."""
+    c = config
+    warmup = c.warmup * total if c.warmup <= 1 else c.warmup
+    decay = c.decay * total if c.decay <= 1 else c.decay
+    if tokens < warmup:
+        return c.learning_rate * min(1.0, (tokens + batch) / warmup)             # the first step is not lost at zero
+    if c.schedule == "cosine":
+        share = (1 + math.cos(math.pi * (tokens - warmup) / max(total - warmup, 1))) / 2
+    else:
+        share = min(1.0, (total - tokens) / decay) if decay else 1.0
+    return c.min_learning_rate + (c.learning_rate - c.min_learning_rate) * share
+
+
+def parameter_groups(model: Model, weight_decay: float) -> list[dict]:
+    """AdamW's groups: decay for matrices, none for norms (their one is not zero) and the embedding, where a rare
+    token's row gets a gradient once in many steps: decay would pull it to zero in between. (An untied head decays.)"""
+    decay = [p for name, p in model.named_parameters() if p.dim() > 1 and name != "embed.weight"]
+    plain = [p for name, p in model.named_parameters() if p.dim() == 1 or name == "embed.weight"]
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def autocast(config: Config) -> torch.autocast:
+    """Matrix products in config.dtype; weights, gradients and the optimizer stay float32."""
+    kind = config.device.partition(":")[0]
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+@torch.no_grad()
+def evaluate(model: Model, data: Data, config: Config) -> tuple[float, float]:
+    """Cross-entropy alone, without balance and z losses, on fixed validation windows: nats a token, bits a byte."""
+    n = min(len(data.val), max(1, config.eval_tokens // config.seq_len))
+    which = [i * len(data.val) // n for i in range(n)]                           # evenly spread over the held-out text
+    nats, n_bytes, mode = 0.0, 0, model.training
+    model.eval()
+    for start in range(0, n, config.micro_batch):
+        x, y = data.val.batch(which[start:start + config.micro_batch])
+        with autocast(config):
+            nats += float(model(x.to(config.device), y.to(config.device)).ce) * y.numel()
+        n_bytes += data.n_bytes(y)
+    model.train(mode)
+    return nats / (n * config.seq_len), nats / math.log(2) / max(n_bytes, 1)
+
+
+class Keeper:
+    """What becomes of a run: printed lines, and a checkpoint from which the same command continues. Part 2's Run keeps
+    a log and figures, and stops as one would wish."""
+
+    def __init__(self, config: Config, data: Data):
+        self.config, self.data, self.losses = config, data, []
+        self.path = Path(config.out_dir) / "ckpt.pt"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[Callable[..., Output], int]:
+        """(what to call for a forward pass, the step to begin with); a checkpoint's state is put in place."""
+        self.model, self.optimizer = model, optimizer
+        if not self.path.is_file():
+            return model, 0
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return model, state["step"]
+
+    def evaluation(self, step: int, evaluate: Callable[[], tuple[float, float]]) -> None:
+        ce, bits = evaluate()
+        print(f"step {step:6d} validation {ce:.4f} nats a token, {bits:.4f} bits a byte", flush=True)
+
+    def micro_batch(self, output: Output, targets: Tensor) -> None:
+        self.losses.append(output.ce.detach())
+
+    def step(self, step: int, norm: Tensor, rate: float) -> None:
+        ce, self.losses = torch.stack(self.losses).mean(), []
+        if (step + 1) % self.config.log_interval == 0:
+            print(f"step {step:6d} ce {ce:.4f} norm {norm:.2f} lr {rate:.2e}", flush=True)
+        if (step + 1) % self.config.checkpoint_interval == 0 or step + 1 == self.data.steps:
+            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step + 1}
+            torch.save(state, self.path.with_suffix(".tmp"))
+            self.path.with_suffix(".tmp").replace(self.path)                     # the old one or the new one, whole
+
+    def end(self, evaluate: Callable[[], tuple[float, float]]) -> None:
+        self.evaluation(self.data.steps, evaluate)
+
+
+def train(config: Config, keeper: type[Keeper] = Keeper, data: type[Data] = Data) -> Model:
+    """Train as the config says. Two seams: what becomes of the run, and what its steps are made of."""
+    data = data(config)
+    keep = keeper(config, data)
+    model = Model(config).init_weights(config.seed).to(config.device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate,
+                                  betas=(config.beta1, config.beta2), fused=True)
+    forward, start = keep.begin(model, optimizer)
+    total = data.position(data.steps)[0]
+    for step in range(start, data.steps):
+        if step % config.eval_interval == 0:
+            keep.evaluation(step, lambda: evaluate(forward, data, config))
+        torch.manual_seed(config.seed * 1_000_003 + step)      # whatever draws at this step draws the same again
+        tokens, batch = data.position(step)
+        rate = learning_rate(config, tokens, batch, total)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        share, loss = config.micro_batch * config.seq_len / batch, 0.0
+        for x, y in data.micro_batches(step):
+            with autocast(config):
+                o = forward(x.to(config.device), y.to(config.device))
+            part = share * (o.ce + config.aux_coef * o.balance + config.z_coef * o.z)
+            part.backward()
+            loss += part.detach()
+            keep.micro_batch(o, y)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        norm = norm + 0 * loss                                 # not finite if the loss is not
+        optimizer.found_inf = (~norm.isfinite()).float()       # at 1 the fused step leaves the weights alone: a bad
+        optimizer.step()                                       # step is skipped, and a GPU is not waited for
+        model.end_step(optimizer.found_inf)
+        optimizer.zero_grad()
+        keep.step(step, norm, rate)
+    keep.end(lambda: evaluate(forward, data, config))
+    return model
+
+
+# === Part 2: a run of any kind, kept ==============================================================================
+
+import argparse
+import ctypes
+import glob
+import gzip
+import hashlib
+import inspect
+import json
+import os
+import platform
+import re
+import resource
+import shlex
+import shutil
+import signal
+import struct
+import time
+import types
+import typing
+from dataclasses import asdict, replace
+from itertools import pairwise
+
+from model import (
+    CARDS,
+    COMPILED,
+    FAST,
+    PLAIN,
+    count,
+    load_model,
+    load_tokenizer,
+    memory,
+    optional,
+    use,
+    validate,
+    whole_groups,
+    write_text,
+)
+from router import BadInput, Parser, RouterConfig, closest, require, run_script
+
+# --- the configuration, checked ---
+
+
+def validate_run(config: Config) -> None:
+    """Raise BadInput at the first value that cannot be trained with."""
+    validate(config)
+    for name in ("max_steps", "max_tokens", "micro_batch", "learning_rate", "eval_interval", "eval_tokens",
+                 "log_interval", "checkpoint_interval"):
+        value = getattr(config, name)
+        require(value is None or value > 0, f"{name} = {value} must be positive")
+    for name in ("min_learning_rate", "warmup", "decay", "weight_decay", "grad_clip", "seed"):
+        require(getattr(config, name) >= 0, f"{name} = {getattr(config, name)} must not be negative")
+    require(config.seed < 2**32, f"seed = {config.seed} must be less than 2**32")
+    for name in ("dataset", "tokenizer"):
+        require(0 < len(getattr(config, name)) < 1000, f"{name} must be a name of 1 to 1000 characters")
+    for name in ("beta1", "beta2"):
+        require(0 <= getattr(config, name) < 1, f"{name} = {getattr(config, name)} must be in [0, 1)")
+    for name, allowed in (("schedule", ("cosine", "constant")), ("dtype", ("float32", "bfloat16"))):
+        value = getattr(config, name)
+        require(value in allowed, f"{name} = {value!r} must be one of {', '.join(allowed)}")
+    require(config.min_learning_rate <= config.learning_rate,
+            f"min_learning_rate = {config.min_learning_rate} must not exceed learning_rate = {config.learning_rate}")
+    unit, starts = config.micro_batch * config.seq_len, [start for start, _ in ramp(config)]
+    for _, batch in ramp(config):
+        near = max(1, round(batch / unit)) * unit
+        require(batch > 0 and batch % unit == 0,
+                f"batch_tokens = {batch} must be a multiple of micro_batch * seq_len = {unit}, say {near}")
+    require(starts[0] == 0 and starts == sorted(set(starts)),
+            f"batch_tokens = {config.batch_tokens}: a ramp starts at token 0 and goes up")
+
+
+def ramp(config: Config) -> list[tuple[int, int]]:
+    """batch_tokens as [(from token, batch_tokens), ...], however it was written."""
+    if isinstance(config.batch_tokens, list):
+        pairs = [pair for pair in config.batch_tokens if isinstance(pair, (list, tuple)) and len(pair) == 2]
+        numbers = [n for pair in pairs for n in pair if isinstance(n, (int, float)) and float(n).is_integer()]
+        require(len(numbers) == 2 * len(config.batch_tokens) > 0,
+                f"batch_tokens = {config.batch_tokens}: a ramp is a list of (from token, tokens a step) pairs")
+        return [(int(start), int(batch)) for start, batch in pairs]
+    return [(0, config.micro_batch * config.seq_len if config.batch_tokens is None else config.batch_tokens)]
 
 
 TYPES = typing.get_type_hints(Config)
 
 
-def load_config(path: str, overrides: dict | None = None) -> Config:
-    """Read a flat Python config file; overrides win. Names, types and values are checked alike wherever they stand."""
+def read_config(path: str, overrides: dict | None = None) -> Config:
+    """`load_config`, checked: names, types and values alike wherever they stand; overrides win over the file."""
     names = read_file(path)
     require("runs" not in names, f"{path} is a sweep of several runs: `python train.py {path} --dry_run` lists them")
     return make_config(names | (overrides or {}), f"out/{Path(path).stem}", overrides or {})
@@ -186,18 +415,15 @@ def make_config(values: dict, out_dir: str, chosen: dict) -> Config:
                 f"{name} does nothing beside expert_groups, which says how many experts of which width there are")
     for name in values:
         require(name in TYPES, f"{name} is no config field{closest(name, [*TYPES, 'runs', 'seeds', 'name', 'group'])}")
-    config = Config(**{name: convert(name, value) for name, value in values.items()})
+    config = Config(**{name: convert(name, value) for name, value in values.items()}).resolve()
     config.out_dir = config.out_dir or out_dir
-    gpu = torch.cuda.is_available()
-    config.device = ("cuda" if gpu else "cpu") if config.device == "auto" else config.device
     kind, _, number = config.device.partition(":")
     require(kind in ("cpu", "cuda", "mps") and (number.isdigit() or ":" not in config.device),
             f"device = {config.device!r} must be cpu, cuda, cuda:N or mps")
     require(kind != "mps" or torch.backends.mps.is_available(), f"device = {config.device!r} is not on this machine")
     require(kind != "cuda" or int(number or 0) < torch.cuda.device_count(),
             f"device = {config.device!r}: this machine has {torch.cuda.device_count()} CUDA GPUs; use device = 'cpu'")
-    config.dtype = ("bfloat16" if kind == "cuda" else "float32") if config.dtype == "auto" else config.dtype
-    config.validate()
+    validate_run(config)
     return config
 
 
@@ -211,12 +437,12 @@ def convert(name: str, value):
     fits = type(value) in allowed and not (isinstance(value, float) and not math.isfinite(value))
     wanted = " or ".join(t.__name__ for t in allowed)
     require(fits, f"{name} = {value!r} must be {wanted.replace('NoneType', 'None')}")
-    return value
+    return whole_groups(value) if name == "expert_groups" and value is not None else value
 
 
 def field_help() -> dict[str, str]:
-    """The comment behind each field of ModelConfig and Config: its one description."""
-    source = inspect.getsource(ModelConfig) + inspect.getsource(Config)
+    """The comment behind each field of the three dataclasses: its one description."""
+    source = "".join(map(inspect.getsource, (RouterConfig, ModelConfig, Config)))
     return dict(re.findall(r"^    (\w+): [^#\n]*?# (.*)$", source, re.MULTILINE))
 
 
@@ -257,7 +483,7 @@ def literal(name: str, text: str):
         return {"true": True, "false": False}.get(text.lower(), text)
 
 
-# --- text to tokens on disk -----------------------------------------------------------------------------------------
+# --- text to tokens on disk ---
 
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet", ".bin")
@@ -279,7 +505,7 @@ def source_files(dataset: str) -> list[Path]:
     return files
 
 
-def documents(path: Path) -> Iterator[str]:
+def texts(path: Path) -> Iterator[str]:
     """The documents of one file: a line's "text" of .jsonl(.gz), a row's of .parquet, else the whole file."""
     try:
         if path.suffix == ".parquet":
@@ -322,8 +548,7 @@ def json_text(path: Path, number: int, line: str) -> str:
 def prepare(config: Config, tokenizer) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Training and validation tokens as lists of memory-mapped arrays; text is tokenised once and kept under data/.
 
-    One document in 20 is held out, chosen by a checksum of its text, so that copies of a document stay on one side.
-    A corpus of too few documents for that gives its last twentieth instead.
+    The sides are the lesson's: see is_held_out and split.
     """
     files = source_files(config.dataset)
     if files[0].suffix == ".bin":
@@ -336,12 +561,17 @@ def prepare(config: Config, tokenizer) -> tuple[list[np.ndarray], list[np.ndarra
     folder = Path("data") / f"{Path(config.dataset).name.replace('*', '')}-{Path(config.tokenizer).stem}-{key}"
     if not (folder / "manifest.json").is_file():
         tokenise(files, tokenizer, folder, manifest)
-    splits = [[np.load(p, mmap_mode="r") for p in sorted(folder.glob(f"{name}-*.npy"))] for name in ("train", "val")]
-    if min(sum(map(len, arrays)) for arrays in splits) <= config.seq_len:
-        whole = np.concatenate(splits[0] + splits[1]) if splits[0] + splits[1] else np.zeros(0, np.uint16)
-        cut = min(len(whole) * 19 // 20, len(whole) - config.seq_len - 1)
-        splits = [[whole[:max(cut, 0)]], [whole[max(cut, 0):]]]
-    return splits[0], splits[1]
+    sides = [[np.load(p, mmap_mode="r") for p in sorted(folder.glob(f"{name}-*.npy"))] for name in ("train", "val")]
+    return split(*sides, config.seq_len)
+
+
+def split(train: list[np.ndarray], val: list[np.ndarray], seq_len: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Both sides as they are; of too few documents, the last twentieth of all is for validation."""
+    if min(sum(map(len, arrays)) for arrays in (train, val)) > seq_len:
+        return train, val
+    whole = np.concatenate([*train, *val]) if train or val else np.zeros(0, np.uint16)
+    cut = max(0, min(len(whole) * 19 // 20, len(whole) - seq_len - 1))
+    return [whole[:cut]], [whole[cut:]]
 
 
 def tokenise(files: list[Path], tokenizer, folder: Path, manifest: dict, shard: int = 50_000_000) -> None:
@@ -361,8 +591,8 @@ def tokenise(files: list[Path], tokenizer, folder: Path, manifest: dict, shard: 
                 held[split], n_held[split], n_shard[split] = [], 0, n_shard[split] + 1
 
         for path in files:
-            for text in documents(path):
-                split = "val" if zlib.crc32(text.encode()) % 20 == 0 else "train"
+            for text in texts(path):
+                split = "val" if is_held_out(text.encode()) else "train"
                 ids = np.array([*tokenizer.encode_ordinary(text), tokenizer.eot_token], kind)
                 held[split].append(ids)
                 counts[split] += len(ids)
@@ -397,50 +627,52 @@ def token_shards(files: list[Path], dataset: str) -> tuple[list[np.ndarray], lis
     return splits[False], splits[True]
 
 
-class Blocks:
-    """Token arrays cut into blocks of seq_len + 1 (targets are inputs one later); none spans two arrays."""
+def bytes_per_token(tokenizer, vocab_size: int) -> torch.Tensor:
+    """(V,) length in bytes of each token; end-of-text and padding have none."""
+    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    ranks = tokenizer._mergeable_ranks                          # token_byte_values() is in alphabetical order instead
+    lengths[list(ranks.values())] = torch.tensor([len(value) for value in ranks])
+    return lengths
 
-    def __init__(self, arrays: list[np.ndarray], seq_len: int, name: str):
+
+class Shards(Windows):
+    """Windows of several arrays of tokens; none spans two of them."""
+
+    def __init__(self, arrays: list[np.ndarray], seq_len: int):
         self.arrays, self.seq_len = arrays, seq_len
         self.ends = np.cumsum([max(len(a) - 1, 0) // seq_len for a in arrays])
-        n = sum(map(len, arrays))
-        require(len(self) > 0, f"{name} is {n:,} tokens, less than one sequence of seq_len = {seq_len}: "
-                               f"use more text or a smaller seq_len")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def __getitem__(self, i: int) -> np.ndarray:
-        shard = int(np.searchsorted(self.ends, i, side="right"))
-        start = (i - (self.ends[shard - 1] if shard else 0)) * self.seq_len
-        return self.arrays[shard][start:start + self.seq_len + 1].astype(np.int64)
+        array = int(np.searchsorted(self.ends, i, side="right"))
+        start = (i - (self.ends[array - 1] if array else 0)) * self.seq_len
+        return self.arrays[array][start:start + self.seq_len + 1].astype(np.int64)
 
 
-def fingerprint(blocks: Blocks) -> int:
+def fingerprint(windows: Shards) -> int:
     """Notices another corpus, not every edit: a checksum of the shards' lengths and of where each begins."""
-    lengths = repr([len(a) for a in blocks.arrays]).encode()
-    return zlib.crc32(b"".join([lengths, *(a[:2**20].tobytes() for a in blocks.arrays)]))
+    lengths = repr([len(a) for a in windows.arrays]).encode()
+    return zlib.crc32(b"".join([lengths, *(a[:2**20].tobytes() for a in windows.arrays)]))
 
 
-def check_ids(blocks: Blocks, config: Config) -> None:
+def check_ids(windows: Shards, config: Config) -> None:
     """Stop before training if any token has no row in the embedding."""
-    top = max(int(a[i:i + 2**24].max()) for a in blocks.arrays for i in range(0, len(a), 2**24))
+    top = max(int(a[i:i + 2**24].max()) for a in windows.arrays for i in range(0, len(a), 2**24))
     require(top < config.vocab_size,
             f"the data holds token {top}: set vocab_size = {config.vocab_size} to at least {top + 1}")
 
 
-# --- what step s is made of -----------------------------------------------------------------------------------------
-
-
 def position(config: Config, step: int) -> tuple[int, int]:
     """(tokens trained on before this step, tokens in it), following the batch ramp."""
-    ramp, tokens = config.ramp(), 0
-    for (_, batch), (end, _) in pairwise(ramp):
+    stages, tokens = ramp(config), 0
+    for (_, batch), (end, _) in pairwise(stages):
         steps = min(step, max(0, -(-(end - tokens) // batch)))              # whole steps until this stage ends
         tokens, step = tokens + steps * batch, step - steps
         if step == 0 and tokens < end:
             return tokens, batch
-    return tokens + step * ramp[-1][1], ramp[-1][1]
+    return tokens + step * stages[-1][1], stages[-1][1]
 
 
 def total_steps(config: Config) -> int:
@@ -454,43 +686,35 @@ def total_steps(config: Config) -> int:
     return low
 
 
-def learning_rate(config: Config, step: int, last: int) -> float:
-    """Linear warmup, then cosine to the end, or constant and a linear decay: by tokens, so a ramp does not bend it."""
-    c, (tokens, batch), total = config, position(config, step), position(config, last)[0]
-    warmup = c.warmup * total if c.warmup <= 1 else c.warmup
-    decay = c.decay * total if c.decay <= 1 else c.decay
-    if tokens < warmup:
-        return c.learning_rate * min(1.0, (tokens + batch) / warmup)        # the first step is not lost at zero
-    if c.schedule == "cosine":
-        share = (tokens - warmup) / max(total - warmup, 1)
-        return c.min_learning_rate + (c.learning_rate - c.min_learning_rate) * (1 + math.cos(math.pi * share)) / 2
-    share = min(1.0, (total - tokens) / decay) if decay else 1.0
-    return c.min_learning_rate + (c.learning_rate - c.min_learning_rate) * share
+class Corpus(Data):
+    """Text and token shards of any kind, by any tokenizer, in steps that may grow by a ramp."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.tokenizer = load_tokenizer(config.tokenizer)
+        n_vocab = self.tokenizer.n_vocab
+        require(n_vocab <= config.vocab_size,
+                f"vocab_size = {config.vocab_size} is less than the {n_vocab} of tokenizer {config.tokenizer!r}")
+        self.train, self.val = (Shards(arrays, config.seq_len) for arrays in prepare(config, self.tokenizer))
+        for windows, name in ((self.train, "the training text"), (self.val, "the validation text")):
+            n = sum(map(len, windows.arrays))
+            require(len(windows) > 0, f"{name} is {n:,} tokens, less than one sequence of seq_len = {config.seq_len}: "
+                                      "use more text or a smaller seq_len")
+            check_ids(windows, config)
+        self.token_bytes = bytes_per_token(self.tokenizer, config.vocab_size)
+
+    @property
+    def steps(self) -> int:
+        return total_steps(self.config)
+
+    def position(self, step: int) -> tuple[int, int]:
+        return position(self.config, step)
+
+    def n_bytes(self, tokens: Tensor) -> int:
+        return int(self.token_bytes[tokens].sum())
 
 
-class Batches:
-    """The sequences of step s: sample i of epoch e is block permutation_e[i], so each block comes once an epoch."""
-
-    def __init__(self, blocks: Blocks, config: Config):
-        self.blocks, self.config, self.epoch, self.order = blocks, config, -1, None
-
-    def sample(self, i: int) -> np.ndarray:
-        epoch, i = divmod(i, len(self.blocks))
-        if epoch != self.epoch:
-            generator = np.random.default_rng([self.config.seed, epoch])
-            self.epoch, self.order = epoch, generator.permutation(len(self.blocks))
-        return self.blocks[int(self.order[i])]
-
-    def micro_batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """inputs and targets (micro_batch, T), as many as make up the step's tokens."""
-        tokens, batch = position(self.config, step)
-        first, size = tokens // self.config.seq_len, self.config.micro_batch
-        for start in range(first, first + batch // self.config.seq_len, size):
-            rows = torch.from_numpy(np.stack([self.sample(i) for i in range(start, start + size)]))
-            yield rows[:, :-1], rows[:, 1:]
-
-
-# --- checkpoints ----------------------------------------------------------------------------------------------------
+# --- checkpoints ---
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -573,7 +797,23 @@ def logged_before(line: str, step: int) -> bool:
         return False
 
 
-# --- the machine ----------------------------------------------------------------------------------------------------
+SAME_WEIGHTS = {"seq_len", "max_seq_len", "aux_coef", "z_coef", "balance_scope", "bias_rate", "router_noise",
+                "capacity_factor", "eval_capacity_factor", "recompute", "init_scale"}       # a model may change these
+
+
+def initial_weights(config: Config) -> dict | None:
+    """The weights of init_from, of a model with this config's shape; BadInput with what to set if it has another."""
+    if not config.init_from or ((Path(config.out_dir) / "ckpt.pt").is_file() and not config.overwrite):
+        return None                                                         # the run is on its way already
+    model, _ = load_model(config.init_from)
+    differ = [(f.name, getattr(model.config, f.name)) for f in fields(ModelConfig) if f.name not in SAME_WEIGHTS
+              and getattr(model.config, f.name) != getattr(config, f.name)]
+    require(not differ, f"init_from = {config.init_from!r} holds a model of another shape; to take it set "
+                        + " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in differ))
+    return model.state_dict()
+
+
+# --- the machine ---
 
 
 VARIANTS = {"Ti", "SUPER", "D", "Laptop", "NVL"}     # words that make another card of the name
@@ -640,153 +880,180 @@ def check_memory(config: Config) -> tuple[int, int]:
     return need, free
 
 
-# --- evaluation -----------------------------------------------------------------------------------------------------
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-@torch.no_grad()
-def evaluate(model: Model, blocks: Blocks, config: Config, token_bytes: torch.Tensor) -> tuple[float, float]:
-    """Cross-entropy alone, without balance and z losses, on fixed validation windows: nats per token, bits per byte."""
-    n = min(len(blocks), max(1, config.eval_tokens // config.seq_len))
-    windows = [i * len(blocks) // n for i in range(n)]                      # evenly spread over the held-out text
-    mode = model.training
-    model.eval()
-    nats, tokens, n_bytes = 0.0, 0, 0
-    for start in range(0, n, config.micro_batch):
-        rows = torch.from_numpy(np.stack([blocks[i] for i in windows[start:start + config.micro_batch]]))
-        x, y = rows[:, :-1].to(config.device), rows[:, 1:].to(config.device)
-        with autocast(config):
-            nats += float(model(x, y).ce) * y.numel()
-        tokens, n_bytes = tokens + y.numel(), n_bytes + int(token_bytes[rows[:, 1:]].sum())
-    model.train(mode)
-    return nats / tokens, nats / math.log(2) / max(n_bytes, 1)
-
-
-def autocast(config: Config):
-    kind = config.device.partition(":")[0]
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
-
-
-# --- the loop -------------------------------------------------------------------------------------------------------
+# --- the run ---
 
 
 DIVERGED, OUT_OF_MEMORY = 3, 4                          # exit codes; 1 is left to errors nobody foresaw
 
 
-def train(config: Config) -> int:
-    """Train as the config says; returns the exit code: 0 done or interrupted and saved, DIVERGED."""
-    tokenizer = load_tokenizer(config.tokenizer)
-    require(tokenizer.n_vocab <= config.vocab_size,
-            f"vocab_size = {config.vocab_size} is less than the {tokenizer.n_vocab} of tokenizer {config.tokenizer!r}")
-    arrays = prepare(config, tokenizer)
-    blocks = Blocks(arrays[0], config.seq_len, "the training text")
-    val = Blocks(arrays[1], config.seq_len, "the validation text")
-    check_ids(blocks, config)
-    check_ids(val, config)
-    need, free = check_memory(config)
-    given = initial_weights(config)
-    state = open_run(config, fingerprint(blocks))                           # nothing was written to out_dir before this
-    last = total_steps(config)
-    describe(config, blocks, val, last, need, free)
-    if state and read_json(Path(config.out_dir) / "result.json"):
-        print(f"{config.out_dir} is finished after {last} steps; --overwrite starts anew")
-        return 0
+class Ended(Exception):
+    """A run ends before its last step, or has ended already; `code` is the exit code."""
 
-    keep_freed_memory()
-    model, optimizer = build(config, state, given)
-    start, seconds, skipped = (state[name] for name in ("step", "seconds", "skipped")) if state else (0, 0.0, 0)
-    if state:
-        print(f"continuing at step {start} of {last}")
-    del state, given
-    step_model = torch.compile(model, dynamic=False) if config.compile else model     # shapes never change
-    token_bytes = bytes_per_token(tokenizer, config.vocab_size)
-    log, batches, stop = Log(config, last, seconds, skipped), Batches(blocks, config), catch_signals()
-    out, every = Path(config.out_dir), lambda interval: (step + 1) % interval == 0 or step + 1 == last or stopping
+    def __init__(self, code: int):
+        self.code = code
 
-    for step in range(start, last):
-        if step % config.eval_interval == 0:
-            log.evaluation(step, lambda: evaluate(step_model, val, config, token_bytes))
-        torch.manual_seed(config.seed * 1_000_003 + step)      # whatever draws at this step draws the same again
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, last)
-        parts, n_bytes = accumulate(step_model, config, list(batches.micro_batches(step)), token_bytes)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        norm = norm + 0 * sum(losses.sum() for losses, _ in parts)          # not finite if any loss is not
-        optimizer.found_inf = (~norm.isfinite()).float()      # at 1 the fused step leaves the weights alone: a bad
-        optimizer.step()                                      # step is skipped and the GPU is not asked
-        model.end_step(optimizer.found_inf)
-        optimizer.zero_grad(set_to_none=True)
-        log.step(step, sum(position(config, step)), parts, norm, optimizer, n_bytes)
 
-        stopping = list(stop)                                               # looked at once a step: save all or nothing
-        if every(config.log_interval) or every(config.checkpoint_interval):
-            log.flush()
-            if log.longest_streak >= 10:
-                print(f"error: ten steps in a row were not finite, stopping at step {step}; the checkpoint in {out} is "
-                      "the last good one: try a lower learning_rate", file=sys.stderr)
-                return DIVERGED
-        if every(config.checkpoint_interval) and (log.skipped_in_a_row == 0 or step + 1 == last):
-            save_checkpoint(out / "ckpt.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                              "step": step + 1, "seconds": log.seconds, "skipped": log.skipped})
-        if stopping and step + 1 < last:
-            what = "saved" if log.skipped_in_a_row == 0 else "the checkpoint before its last, not finite, steps is kept"
-            print(f"stopped by {stopping[0]} after step {step}: {what}; the same command continues")
-            return 0
-
-    final = log.evaluation(last, lambda: evaluate(step_model, val, config, token_bytes))
-    finish(config, model, tokenizer, log, last, final)
+def run(config: Config) -> int:
+    """Train, and keep the run as Run does; returns the exit code: 0 done or interrupted and saved, or DIVERGED."""
+    try:
+        train(config, Run, Corpus)
+    except Ended as end:
+        return end.code
     return 0
 
 
-def build(config: Config, state: dict | None, given: dict | None) -> tuple[Model, torch.optim.Optimizer]:
-    """Model and optimizer: as the checkpoint left them, or new, with weights from the seed or from init_from."""
-    if config.device.startswith("cuda"):
-        torch.cuda.set_device(config.device)                                # Triton launches on the current device
-    model = Model(config).init_weights(config.seed)
-    if given:
-        model.load_state_dict(given, strict=False)                          # all but a selection bias it may not have
-    groups, betas = parameter_groups(model.to(config.device), config.weight_decay), (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    return model, optimizer
+class Run(Keeper):
+    """log.jsonl, printed lines, checkpoints, signals and results. Numbers stay on the device until a flush: logging
+    never holds up a step."""
 
+    def __init__(self, config: Config, data: Corpus):
+        self.config, self.data, self.out = config, data, Path(config.out_dir)
+        need, free = check_memory(config)
+        self.given = initial_weights(config)
+        self.state = open_run(config, fingerprint(data.train))              # nothing was written to out_dir before this
+        describe(config, data, need, free)
+        if self.state and read_json(self.out / "result.json"):
+            print(f"{config.out_dir} is finished after {data.steps} steps; --overwrite starts anew")
+            raise Ended(0)
+        keep_freed_memory()
+        use(PLAIN if config.plain else COMPILED if config.compile else FAST)
+        if config.device.startswith("cuda"):
+            torch.cuda.set_device(config.device)                            # Triton launches on the current device
 
-def accumulate(model: Callable, config: Config, micro_batches: list, token_bytes: torch.Tensor) -> tuple[list, int]:
-    """Add up the gradient of the mean loss; returns each micro-batch's (losses (3,), statistics), and bytes read."""
-    parts, n_bytes = [], 0
-    for x, y in micro_batches:
-        n_bytes += int(token_bytes[y].sum())
-        with autocast(config):
-            o = model(x.to(config.device), y.to(config.device))
-        loss = o.ce + config.aux_coef * o.balance + config.z_coef * o.z
-        (loss / len(micro_batches)).backward()
-        parts.append((torch.stack([o.ce, o.balance, o.z]).detach(), o.stats))
-    return parts, n_bytes
+    def begin(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[Callable[..., Output], int]:
+        self.model, self.optimizer = model, optimizer
+        start, self.seconds, self.skipped = 0, 0.0, 0
+        if self.given:
+            model.load_state_dict(self.given, strict=False)                 # all but a selection bias it may not have
+        if self.state:
+            model.load_state_dict(self.state["model"])
+            optimizer.load_state_dict(self.state["optimizer"])
+            start, self.seconds, self.skipped = (self.state[name] for name in ("step", "seconds", "skipped"))
+            print(f"continuing at step {start} of {self.data.steps}")
+        self.state = self.given = None
+        self.pending, self.parts, self.bytes_read = [], [], 0
+        self.streak = self.longest_streak = 0                               # of steps that were not finite
+        self.tokens_per_s = 0.0
+        self.flops, self.peak = count(self.config)["flops_per_token"], peak_flops(self.config)
+        self.clock, self.elapsed, self.stop = time.perf_counter(), 0.0, catch_signals()       # since the last flush
+        return torch.compile(model, dynamic=False) if self.config.compile else model, start   # shapes never change
 
+    def write(self, line: dict) -> None:
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
 
-SAME_WEIGHTS = {"seq_len", "max_seq_len", "aux_coef", "z_coef", "balance_scope", "bias_rate", "router_noise",
-                "capacity_factor", "eval_capacity_factor", "recompute", "init_scale"}       # a model may change these
+    def evaluation(self, step: int, evaluate: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+        """Evaluate and write it down; the time it takes is no training time."""
+        self.elapsed += time.perf_counter() - self.clock
+        ce, bits = evaluate()
+        self.write({"step": step, "tokens": self.data.position(step)[0], "seconds": self.seconds,
+                    "val_ce": ce, "val_bits_per_byte": bits})
+        print(f"step {step:6d} validation {ce:.4f} nats a token, {bits:.4f} bits a byte", flush=True)
+        self.clock = time.perf_counter()
+        return ce, bits
 
+    def micro_batch(self, output: Output, targets: Tensor) -> None:
+        self.parts.append((torch.stack([output.ce, output.balance, output.z]).detach(), output.stats))
+        self.bytes_read += self.data.n_bytes(targets)
 
-def initial_weights(config: Config) -> dict | None:
-    """The weights of init_from, of a model with this config's shape; BadInput with what to set if it has another."""
-    if not config.init_from or ((Path(config.out_dir) / "ckpt.pt").is_file() and not config.overwrite):
-        return None                                                         # the run is on its way already
-    model, _ = load_model(config.init_from)
-    differ = [(f.name, getattr(model.config, f.name)) for f in fields(ModelConfig) if f.name not in SAME_WEIGHTS
-              and getattr(model.config, f.name) != getattr(config, f.name)]
-    require(not differ, f"init_from = {config.init_from!r} holds a model of another shape; to take it set "
-                        + " ".join(f"--{name}={shlex.quote(str(value))}" for name, value in differ))
-    return model.state_dict()
+    def step(self, step: int, norm: Tensor, rate: float) -> None:
+        losses = torch.stack([part[0] for part in self.parts]).mean(0)
+        stats = {name: torch.stack([part[1][name].float() for part in self.parts]).mean(0) for name in self.parts[0][1]}
+        tokens = sum(self.data.position(step))
+        self.pending.append((step, tokens, losses, stats, norm.detach(), rate, self.bytes_read))
+        self.parts, self.bytes_read = [], 0
+        stopping = list(self.stop)                                          # looked at once a step: save all or nothing
+        last = step + 1 == self.data.steps
+        save = (step + 1) % self.config.checkpoint_interval == 0 or last or stopping
+        if save or (step + 1) % self.config.log_interval == 0:
+            self.flush()
+            if self.longest_streak >= 10:
+                print(f"error: ten steps in a row were not finite, stopping at step {step}; the checkpoint in "
+                      f"{self.out} is the last good one: try a lower learning_rate", file=sys.stderr)
+                raise Ended(DIVERGED)
+        if save and (self.streak == 0 or last):
+            save_checkpoint(self.out / "ckpt.pt", {
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step + 1,
+                "seconds": self.seconds, "skipped": self.skipped})
+        if stopping and not last:
+            what = "saved" if self.streak == 0 else "the checkpoint before its last, not finite, steps is kept"
+            print(f"stopped by {stopping[0]} after step {step}: {what}; the same command continues")
+            raise Ended(0)
 
+    def flush(self) -> None:
+        """Write the pending steps, and print the last."""
+        rows = [(step, tokens, losses.tolist(), {k: v.tolist() for k, v in stats.items()}, float(norm), rate, n_bytes)
+                for step, tokens, losses, stats, norm, rate, n_bytes in self.pending]
+        now = time.perf_counter()
+        elapsed, self.elapsed, self.clock = self.elapsed + now - self.clock, 0.0, now
+        self.tokens_per_s = (rows[-1][1] - self.data.position(rows[0][0])[0]) / elapsed
+        self.seconds += elapsed
+        self.pending = []
+        flops = self.flops * self.tokens_per_s
+        for step, tokens, (ce, balance, z), stats, norm, rate, n_bytes in rows:
+            bad = not math.isfinite(norm)
+            self.skipped += bad
+            self.streak = (self.streak + 1) * bad
+            self.longest_streak = max(self.longest_streak, self.streak)
+            bits = ce * self.data.position(step)[1] / math.log(2) / max(n_bytes, 1)
+            line = {"step": step, "tokens": tokens, "ce": ce, "bits_per_byte": bits, "balance": balance, "z": z,
+                    "lr": rate, "grad_norm": norm, "skipped": self.skipped, "tokens_per_s": self.tokens_per_s,
+                    "mfu": flops / self.peak if self.peak else None, "memory": peak_memory(self.config.device),
+                    "seconds": self.seconds, **self.routing(stats)}
+            if step == rows[-1][0] and stats:
+                line["load"] = [[round(share, 5) for share in layer] for layer in stats["load"]]    # (L, E)
+            self.write(line)
+        self.print_line(line)
 
-def bytes_per_token(tokenizer, vocab_size: int) -> torch.Tensor:
-    """(V,) length in bytes of each token; end-of-text and padding have none."""
-    lengths = torch.zeros(vocab_size, dtype=torch.int64)
-    ranks = tokenizer._mergeable_ranks                          # token_byte_values() is in alphabetical order instead
-    lengths[list(ranks.values())] = torch.tensor([len(value) for value in ranks])
-    return lengths
+    def routing(self, stats: dict) -> dict:
+        """Over all layers: the busiest expert's load over an even one, experts without a token, choices dropped."""
+        if not stats:
+            return {}
+        load, n = stats["load"], self.config.n_expert
+        return {"load_max_over_mean": max(max(layer) / max(sum(layer), 1e-9) for layer in load) * n,
+                "entropy": sum(stats["entropy"]) / len(load), "dropped": sum(stats["dropped"]) / len(load),
+                "dead_experts": sum(share == 0 for layer in load for share in layer)}
+
+    def print_line(self, line: dict) -> None:
+        left = (self.data.position(self.data.steps)[0] - line["tokens"]) / line["tokens_per_s"]
+        mfu = f"{line['mfu']:.1%}" if line["mfu"] else "n/a"
+        moe = (f" balance {line['balance']:.3f} load {line['load_max_over_mean']:.2f}x dead {line['dead_experts']}"
+               if "dead_experts" in line else "")
+        skipped = f" skipped {self.skipped}" if self.skipped else ""
+        print(f"step {line['step']:6d} tokens {line['tokens']:,} ce {line['ce']:.4f} bits/byte "
+              f"{line['bits_per_byte']:.3f}{moe} lr {line['lr']:.2e} {line['tokens_per_s']:,.0f} tok/s mfu {mfu} "
+              f"mem {line['memory'] / 2**30:.2f} GiB left {int(left) // 60}m{int(left) % 60:02d}s{skipped}", flush=True)
+
+    def end(self, evaluate: Callable[[], tuple[float, float]]) -> None:
+        """result.json, the figures and a sample of text: what a run leaves behind."""
+        config, out = self.config, self.out
+        ce, bits = self.evaluation(self.data.steps, evaluate)
+        sizes = plan(config)
+        result = {
+            "name": out.name, "status": "done", "loss": ce, "bits_per_byte": bits, **sizes,
+            "skipped": self.skipped, "seconds": self.seconds,
+            "tokens_per_s": sizes["tokens"] / max(self.seconds, 1e-9), "peak_memory": peak_memory(config.device),
+            "dataset": config.dataset, "tokenizer": config.tokenizer, "device": device_name(config.device),
+            "dtype": config.dtype, "torch": torch.__version__, "python": platform.python_version(),
+        }
+        draw_figures(out)
+        write_text_file(out / "result.json", json.dumps(result, indent=1))  # last: it says that the run is finished
+        figures = "loss.png, experts.png" if config.n_expert > 1 else "loss.png"
+        print(f"done: {ce:.4f} nats a token, {bits:.4f} bits a byte after {sizes['tokens']:,} tokens in "
+              f"{self.seconds:.0f} s; {out}/ holds result.json, {figures}")
+        self.model.eval()
+        print("--- a sample ---")
+        prompt = "import " if config.dataset == "stdlib" else ""
+        n_token = min(200, config.max_seq_len - len(prompt) - 1)
+        if n_token > 0:
+            print("".join(write_text(self.model, self.data.tokenizer, prompt, n_token, seed=config.seed)))
 
 
 def catch_signals() -> list[str]:
@@ -804,16 +1071,16 @@ def catch_signals() -> list[str]:
     return caught
 
 
-def describe(config: Config, blocks: Blocks, val: Blocks, last: int, need: int, free: int) -> None:
+def describe(config: Config, data: Corpus, need: int, free: int) -> None:
     """What is about to happen, before it does."""
     sizes, tied = plan(config), "tied" if config.tie_embeddings else "untied"
     total, active, tokens = sizes["n_total"], sizes["n_active"], sizes["tokens"]
     experts = f"{config.n_expert} experts, top-{config.top_k}" if config.n_expert > 1 else "no experts"
     print(f"{config.out_dir}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {tied} embeddings included; "
           f"{config.n_layer} layers, {experts}")
-    print(f"data: {config.dataset} in {config.tokenizer}, {sum(map(len, blocks.arrays)):,} training and "
-          f"{sum(map(len, val.arrays)):,} validation tokens")
-    print(f"plan: {last:,} steps, {tokens:,} tokens ({tokens / (len(blocks) * config.seq_len):.2f} epochs), "
+    print(f"data: {config.dataset} in {config.tokenizer}, {sum(map(len, data.train.arrays)):,} training and "
+          f"{sum(map(len, data.val.arrays)):,} validation tokens")
+    print(f"plan: {data.steps:,} steps, {tokens:,} tokens ({tokens / (len(data.train) * config.seq_len):.2f} epochs), "
           f"{sizes['flops']:.3g} FLOPs; about {need / 2**30:.2f} GiB of the {free / 2**30:.1f} GiB "
           f"free on {config.device}, {config.dtype}", flush=True)
 
@@ -827,111 +1094,7 @@ def plan(config: Config) -> dict:
             "top_k": config.top_k, "steps": last, "tokens": tokens, "flops": sizes["flops_per_token"] * tokens}
 
 
-class Log:
-    """log.jsonl and the printed lines. Numbers stay on the device until a flush: logging never holds up a step."""
-
-    def __init__(self, config: Config, last: int, seconds: float, skipped: int):
-        self.config, self.last, self.seconds = config, last, seconds
-        self.pending, self.skipped, self.skipped_in_a_row, self.tokens_per_s = [], skipped, 0, 0.0
-        self.longest_streak = 0
-        self.flops, self.peak = count(config)["flops_per_token"], peak_flops(config)
-        self.clock, self.elapsed = time.perf_counter(), 0.0                 # seconds of training since the last flush
-        self.path = Path(config.out_dir) / "log.jsonl"
-
-    def write(self, line: dict) -> None:
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def evaluation(self, step: int, evaluate: Callable) -> tuple[float, float]:
-        """Evaluate and write it down; the time it takes is no training time."""
-        self.elapsed += time.perf_counter() - self.clock
-        ce, bits = evaluate()
-        self.write({"step": step, "tokens": position(self.config, step)[0], "seconds": self.seconds,
-                    "val_ce": ce, "val_bits_per_byte": bits})
-        print(f"step {step:6d} validation {ce:.4f} nats a token, {bits:.4f} bits a byte", flush=True)
-        self.clock = time.perf_counter()
-        return ce, bits
-
-    def step(self, step: int, tokens: int, parts: list, norm: torch.Tensor, optimizer, n_bytes: int) -> None:
-        losses = torch.stack([p[0] for p in parts]).mean(0)
-        stats = {name: torch.stack([p[1][name].float() for p in parts]).mean(0) for name in parts[0][1]}
-        self.pending.append((step, tokens, losses, stats, norm.detach(), optimizer.param_groups[0]["lr"], n_bytes))
-
-    def flush(self) -> None:
-        if not self.pending:
-            return
-        rows = [(step, tokens, losses.tolist(), {k: v.tolist() for k, v in stats.items()}, float(norm), lr, n_bytes)
-                for step, tokens, losses, stats, norm, lr, n_bytes in self.pending]
-        elapsed, self.elapsed = self.elapsed + time.perf_counter() - self.clock, 0.0
-        self.clock = time.perf_counter()
-        first = position(self.config, rows[0][0])[0]
-        self.tokens_per_s, self.seconds, self.pending = (rows[-1][1] - first) / elapsed, self.seconds + elapsed, []
-        rate = self.flops * self.tokens_per_s
-        for step, tokens, (ce, balance, z), stats, norm, lr, n_bytes in rows:
-            bad = not math.isfinite(norm)
-            self.skipped, self.skipped_in_a_row = self.skipped + bad, (self.skipped_in_a_row + 1) * bad
-            self.longest_streak = max(self.longest_streak, self.skipped_in_a_row)
-            bits = ce * (tokens - position(self.config, step)[0]) / math.log(2) / max(n_bytes, 1)
-            line = {"step": step, "tokens": tokens, "ce": ce, "bits_per_byte": bits, "balance": balance, "z": z,
-                    "lr": lr, "grad_norm": norm, "skipped": self.skipped, "tokens_per_s": self.tokens_per_s,
-                    "mfu": rate / self.peak if self.peak else None, "memory": peak_memory(self.config.device),
-                    "seconds": self.seconds, **self.routing(stats)}
-            if step == rows[-1][0] and stats:
-                line["load"] = [[round(share, 5) for share in layer] for layer in stats["load"]]    # (L, E)
-            self.write(line)
-        self.print_line(line)
-
-    def routing(self, stats: dict) -> dict:
-        """Over all layers: the busiest expert's load over an even one, experts without a token, choices dropped."""
-        if not stats:
-            return {}
-        load, n = stats["load"], self.config.n_expert
-        return {"load_max_over_mean": max(max(layer) / max(sum(layer), 1e-9) for layer in load) * n,
-                "entropy": sum(stats["entropy"]) / len(load), "dropped": sum(stats["dropped"]) / len(load),
-                "dead_experts": sum(share == 0 for layer in load for share in layer)}
-
-    def print_line(self, line: dict) -> None:
-        left = (position(self.config, self.last)[0] - line["tokens"]) / line["tokens_per_s"]
-        mfu = f"{line['mfu']:.1%}" if line["mfu"] else "n/a"
-        moe = (f" balance {line['balance']:.3f} load {line['load_max_over_mean']:.2f}x dead {line['dead_experts']}"
-               if "dead_experts" in line else "")
-        skipped = f" skipped {self.skipped}" if self.skipped else ""
-        print(f"step {line['step']:6d} tokens {line['tokens']:,} ce {line['ce']:.4f} bits/byte "
-              f"{line['bits_per_byte']:.3f}{moe} lr {line['lr']:.2e} {line['tokens_per_s']:,.0f} tok/s mfu {mfu} "
-              f"mem {line['memory'] / 2**30:.2f} GiB left {int(left) // 60}m{int(left) % 60:02d}s{skipped}", flush=True)
-
-
-def finish(config: Config, model: Model, tokenizer, log: Log, last: int, final: tuple[float, float]) -> None:
-    """result.json, the figures and a sample of text: what a run leaves behind."""
-    out, tokens = Path(config.out_dir), position(config, last)[0]
-    result = {
-        "name": out.name, "status": "done", "loss": final[0], "bits_per_byte": final[1], **plan(config),
-        "skipped": log.skipped, "seconds": log.seconds, "tokens_per_s": tokens / max(log.seconds, 1e-9),
-        "peak_memory": peak_memory(config.device),
-        "dataset": config.dataset, "tokenizer": config.tokenizer, "device": device_name(config.device),
-        "dtype": config.dtype, "torch": torch.__version__, "python": platform.python_version(),
-    }
-    draw_figures(out)
-    write_text_file(out / "result.json", json.dumps(result, indent=1))      # last: it says that the run is finished
-    figures = "loss.png, experts.png" if config.n_expert > 1 else "loss.png"
-    print(f"done: {final[0]:.4f} nats a token, {final[1]:.4f} bits a byte after {tokens:,} tokens in {log.seconds:.0f} "
-          f"s; {out}/ holds result.json, {figures}")
-    model.eval()
-    print("--- a sample ---")
-    prompt = "import " if config.dataset == "stdlib" else ""
-    n_token = min(200, config.max_seq_len - len(prompt) - 1)
-    if n_token > 0:
-        print("".join(write_text(model, tokenizer, prompt, n_token, seed=config.seed)))
-
-
-def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-# --- the figures of a run, from its log alone -----------------------------------------------------------------------
+# --- the figures of a run, from its log alone ---
 
 
 def draw_figures(out: Path) -> None:
@@ -1017,11 +1180,18 @@ def draw_loads(figure, axes, load: np.ndarray, tokens: int) -> None:
     figure.colorbar(image, ax=axes, label="share of tokens / even share", shrink=0.8)
 
 
-# --- sweeps: what is run --------------------------------------------------------------------------------------------
+# === Part 3: sweeps ===============================================================================================
+
+import csv
+import io
+import statistics
+import subprocess
+
+# --- what is run ---
 
 
 @dataclass
-class Run:
+class Trial:
     """One run of a sweep, kept in out/SWEEP/NAME. The one run of a file without `runs` has no name."""
 
     name: str           # MODEL, or MODEL-s1, MODEL-s2, ... where several seeds repeat it
@@ -1035,12 +1205,12 @@ def load_runs(path: str, overrides: dict | None = None) -> list[Config]:
     return [run.config for run in read_runs(path, overrides)]
 
 
-def read_runs(path: str, overrides: dict | None = None, seeds: list | None = None, scale: float = 1) -> list[Run]:
+def read_runs(path: str, overrides: dict | None = None, seeds: list | None = None, scale: float = 1) -> list[Trial]:
     """Every run of a file, each checked: overrides win over a run's own fields, which win over the shared ones."""
     shared, overrides = read_file(path, scale), overrides or {}
     if "runs" not in shared:
         require(not seeds, f"{path} is one run: --seeds is for sweeps, use --seed")
-        return [Run("", "", "", make_config(shared | overrides, f"out/{Path(path).stem}", overrides))]
+        return [Trial("", "", "", make_config(shared | overrides, f"out/{Path(path).stem}", overrides))]
     entries, in_file = shared.pop("runs"), shared.pop("seeds", [])
     seeds = seeds or in_file
     require(isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries),
@@ -1057,7 +1227,7 @@ def read_runs(path: str, overrides: dict | None = None, seeds: list | None = Non
     return runs
 
 
-def make_run(entry: dict, seed: int | None, suffix: str, shared: dict, overrides: dict, folder: str) -> Run:
+def make_run(entry: dict, seed: int | None, suffix: str, shared: dict, overrides: dict, folder: str) -> Trial:
     model, group = entry.get("name"), entry.get("group", "")
     safe = isinstance(model, str) and re.fullmatch(r"[A-Za-z0-9][\w.+=-]{0,99}", model)
     require(bool(safe) and model != "lock" and not model.startswith("summary."),
@@ -1071,10 +1241,10 @@ def make_run(entry: dict, seed: int | None, suffix: str, shared: dict, overrides
         config = make_config(values if seed is None else values | {"seed": seed}, "", own | overrides)
     except BadInput as error:
         raise BadInput(f"run {model}: {error}") from None
-    return Run(model + suffix, model, group, config)
+    return Trial(model + suffix, model, group, config)
 
 
-def select(runs: list[Run], only: list[list[str]] | None) -> list[Run]:
+def select(runs: list[Trial], only: list[list[str]] | None) -> list[Trial]:
     """The runs that --only names, by their own name or, for all their seeds, by the name in the file."""
     wanted, known = [name for names in only or [] for name in names], {n for run in runs for n in (run.name, run.model)}
     for name in wanted:
@@ -1082,7 +1252,7 @@ def select(runs: list[Run], only: list[list[str]] | None) -> list[Run]:
     return [run for run in runs if not wanted or run.name in wanted or run.model in wanted]
 
 
-def print_plans(runs: list[Run]) -> None:
+def print_plans(runs: list[Trial]) -> None:
     """The table of --dry_run. Nothing is allocated for it, whatever the size."""
     names, flops = [Path(run.config.out_dir).name for run in runs], 0
     width = max(map(len, names))
@@ -1097,7 +1267,7 @@ def print_plans(runs: list[Run]) -> None:
     print(f"{len(runs)} runs, {flops:.3g} FLOPs; parameters include embeddings, counted as each run ties them")
 
 
-# --- sweeps: running ------------------------------------------------------------------------------------------------
+# --- sweeps: running ---
 
 
 RESULTS = ("done", "out of memory", "diverged")     # not run again, but these are: "failed", "interrupted" (running, or
@@ -1108,7 +1278,7 @@ RESULTS = ("done", "out of memory", "diverged")     # not run again, but these a
 class Started:
     """A run in its process."""
 
-    run: Run
+    run: Trial
     slot: int                    # which of the runs at once: its GPU
     process: subprocess.Popen
     log: Path
@@ -1117,7 +1287,7 @@ class Started:
     clock: float                 # when it began
 
 
-def sweep(args: argparse.Namespace, runs: list[Run]) -> int:
+def sweep(args: argparse.Namespace, runs: list[Trial]) -> int:
     """Run what has no result yet, then sum up. Exit code 0 when every chosen run has a result, else 1."""
     folder, chosen = Path(runs[0].config.out_dir).parent, select(runs, args.only)
     if args.report:
@@ -1137,7 +1307,7 @@ def sweep(args: argparse.Namespace, runs: list[Run]) -> int:
     return 0 if all(outcome(run)[0] in RESULTS for run in chosen) else 1
 
 
-def run_all(chosen: list[Run], parallel: int) -> None:
+def run_all(chosen: list[Trial], parallel: int) -> None:
     """Keep `parallel` processes busy until all have ended. Ctrl-C and SIGTERM are passed on, once: the runs save."""
     waiting = [run for run in chosen if run.config.overwrite or outcome(run)[0] not in RESULTS]
     print(f"{len(chosen)} runs, {len(chosen) - len(waiting)} of them have a result; {parallel} at once", flush=True)
@@ -1167,7 +1337,7 @@ def run_all(chosen: list[Run], parallel: int) -> None:
         print(f"stopped by {stop[0]}: the same command continues")
 
 
-def start(run: Run, slot: int, parallel: int) -> Started:
+def start(run: Trial, slot: int, parallel: int) -> Started:
     """A process of its own for the run: on its GPU, or with its share of the threads. Its output goes to train.log."""
     out, environment = Path(run.config.out_dir), dict(os.environ)
     out.mkdir(parents=True, exist_ok=True)
@@ -1189,7 +1359,7 @@ def start(run: Run, slot: int, parallel: int) -> Started:
 def train_alone(config: Config) -> int:
     """What start() starts. The exit code tells how it ended; running out of memory is one of the ways."""
     try:
-        return train(config)
+        return run(config)
     except (DoesNotFit, MemoryError, RuntimeError) as error:               # torch.OutOfMemoryError is a RuntimeError
         known = isinstance(error, (DoesNotFit, MemoryError, torch.OutOfMemoryError))
         if not known and not re.search("DefaultCPUAllocator|CUDA error: out of memory|ALLOC_FAILED", str(error)):
@@ -1221,7 +1391,7 @@ def oom_kills() -> int | None:
     return sum(int(match[1]) for match in found if match) if any(found) else None
 
 
-def outcome(run: Run) -> tuple[str, str, dict]:
+def outcome(run: Trial) -> tuple[str, str, dict]:
     """(status, reason, result.json) of a run, from its folder alone. A loss worse than guessing counts as diverged."""
     out, now = Path(run.config.out_dir), json.loads(json.dumps(asdict(run.config)))
     ended, then = read_json(out / "outcome.json", "status", "reason", "config"), read_json(out / "config.json")
@@ -1250,10 +1420,10 @@ def read_json(path: Path, *keys: str) -> dict:
     return found if isinstance(found, dict) and all(key in found for key in keys) else {}
 
 
-# --- sweeps: summing up ---------------------------------------------------------------------------------------------
+# --- sweeps: summing up ---
 
 
-def summarise(folder: Path, runs: list[Run]) -> None:
+def summarise(folder: Path, runs: list[Trial]) -> None:
     """summary.csv (a line a run), summary.md (the ranking) and summary.png of what there is so far."""
     rows, text = [table_row(run, differing(runs)) for run in runs], io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -1269,13 +1439,13 @@ def summarise(folder: Path, runs: list[Run]) -> None:
     print(f"\n{tables}\n\n{folder}/ holds summary.csv, summary.md and summary.png")
 
 
-def differing(runs: list[Run]) -> list[str]:
+def differing(runs: list[Trial]) -> list[str]:
     """The fields in which the runs differ, apart from their seed and folder."""
     return [f.name for f in fields(Config) if f.name not in ("seed", "out_dir")
             and any(getattr(run.config, f.name) != getattr(runs[0].config, f.name) for run in runs)]
 
 
-def table_row(run: Run, names: list[str]) -> dict:
+def table_row(run: Trial, names: list[str]) -> dict:
     """Sizes, tokens, steps and FLOPs are the plan's; loss, seconds, speed and memory are there once a run is done."""
     (status, reason, result), sizes = outcome(run), plan(run.config)
     return {"name": run.name, "model": run.model, "group": run.group, "seed": run.config.seed, "status": status,
@@ -1334,7 +1504,7 @@ def comparison(rows: list[dict]) -> str:
     return "; ".join([said, *unequal]) + "."
 
 
-def swept_field(runs: list[Run]) -> str | None:
+def swept_field(runs: list[Trial]) -> str | None:
     """The field to draw the loss against: a number that tells a group's runs apart. Of several that move together (to
     stay at one active size, say) the last in Config's order: the width of an expert, not the number.
 
@@ -1434,7 +1604,7 @@ def main(argv: list[str]) -> None:
     if runs[0].name:
         sys.exit(sweep(args, runs))
     require(not (args.report or args.only or args.parallel is not None), f"{args.config} is one run, not a sweep")
-    sys.exit(train(runs[0].config))
+    sys.exit(run(runs[0].config))
 
 
 def redraw(runs: list[Path]) -> None:

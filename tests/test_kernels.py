@@ -50,20 +50,21 @@ def routed(n, e, k, kind="random", renormalize=True, device="cpu", name="softmax
     logits, seed = make_logits(n, e, kind).to(device).requires_grad_(), torch.Generator().manual_seed(e)
     bias = torch.randn(e, generator=seed).mul(0.2).to(device) if biased else None
     context = router.Context(None, n, "balance_scope" in fields, bias, torch.arange(e, device=device))
-    routing = router.route(logits, router.settings(name, k, renormalize=renormalize, **fields), context)
+    routing = router.fast_route(logits, router.RouterConfig(name, k, renormalize=renormalize, **fields), context)
     router.check(routing, n, e)
     mix = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(device)
     parts = {"weights": (routing.weights * mix).sum()} | routing.losses
     parts["all"] = parts["weights"] + 3 * parts["balance"] - 0.5 * parts["z"]
-    out = {name: getattr(routing, name) for name in ("weights", *INTEGERS)} | routing.losses | routing.stats
+    out = {name: getattr(routing, name).int() for name in INTEGERS}
+    out |= {"weights": routing.weights} | routing.losses | routing.stats
     out |= {f"d {name}": torch.autograd.grad(part, logits, retain_graph=True)[0] for name, part in parts.items()}
     return {name: value.detach().cpu().numpy() for name, value in out.items()}
 
 
 def moved(n, k, d, dtype, device="cpu"):
     """Gather and combine with their gradients: name -> array. Values are small integers: exact in every dtype."""
-    plan = router.place(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)).topk(k).indices.int(), 8)
-    slot = plan[2].to(device)
+    plan = router.place(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)).topk(k).indices, 8)
+    slot = plan[3].to(device)
     number = lambda *shape: (torch.arange(math.prod(shape)) * 7 % 11 - 5).view(shape).to(device, getattr(torch, dtype))
     x, rows = number(n, d).requires_grad_(), number(n * k, d).requires_grad_()
     out = {"gather": router.gather(x, slot), "combine": router.combine(rows, slot)}
@@ -230,12 +231,12 @@ def test_on_a_gpu_routing_gives_the_same_bits_every_time():
 @pytest.mark.gpu
 @needs_gpu
 def test_on_a_gpu_nothing_waits_for_the_gpu():
-    config = router.settings("softmax", 8)
+    config = router.RouterConfig("softmax", 8)
     logits = torch.randn(4096, 128, device="cuda", requires_grad=True)
     x = torch.randn(4096, 64, device="cuda", requires_grad=True)
 
     def step():
-        plan = router.route(logits, config)
+        plan = router.fast_route(logits, config)
         y = router.combine(router.gather(x, plan.slot), plan.slot)
         (y.sum() + plan.weights.sum() + plan.losses["balance"] + plan.losses["z"]).backward()
 

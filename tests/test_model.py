@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import model as m
+import router
 from model import (
     BadInput,
     LinearCrossEntropy,
@@ -19,6 +21,7 @@ from model import (
     to_hf,
     to_hf_tensors,
 )
+from train import parameter_groups
 
 SMALL = dict(n_layer=2, d_model=64, n_head=4, n_kv_head=2, d_head=16, n_expert=8, top_k=3, d_expert=32, vocab_size=97,
              seq_len=24)
@@ -240,14 +243,14 @@ def test_the_expert_layer_is_the_double_loop_forward_and_in_every_gradient(n, k,
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("n, k, e", [(64, 4, 4), (50, 3, 5), (33, 1, 2), (4, 2, 16)])
 def test_the_expert_layer_in_whole_tiles_is_the_double_loop_too(n, k, e, keep, monkeypatch):
-    monkeypatch.setattr(m, "AtOnce", m.OneByOne)                                         # which few rows would go to
+    monkeypatch.setattr(m, "has_grouped_mm", lambda *_: False)                           # which few rows would go to
     compare_with_double_loop(n, k, e, m.TILE, 2 * m.TILE, torch.float32, keep)           # oneDNN's with AVX-512
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("n, k, e", [(32, 4, 4), (50, 3, 5), (4, 2, 16)])
 def test_the_expert_layer_at_once_is_the_double_loop_too(n, k, e, keep, monkeypatch):
-    monkeypatch.setattr(m, "OneByOne", None)
+    monkeypatch.setattr(m, "has_grouped_mm", lambda *_: True)
     compare_with_double_loop(n, k, e, 16, 8, torch.float32, keep)
 
 
@@ -256,11 +259,11 @@ def compare_with_double_loop(n, k, e, d_model, width, dtype, keep):
     torch.manual_seed(0)
     inputs = [torch.randn(n, d_model, dtype=dtype), torch.rand(n, k), torch.randn(e, 2 * width, d_model, dtype=dtype),
               torch.randn(e, d_model, width, dtype=dtype)]
-    chosen = torch.stack([torch.randperm(e)[:k] for _ in range(n)]).int()
-    _, offsets, slot, token = place(chosen, e)
+    chosen = torch.stack([torch.randperm(e)[:k] for _ in range(n)])
+    _, offsets, token, slot = place(chosen, e)
     a, b = ([t.to(t.dtype if i == 1 else kind, copy=True).requires_grad_() for i, t in enumerate(inputs)]
             for kind in (dtype, torch.float64))
-    y = m.experts(*a[:2], token, slot, offsets, keep, *a[2:])
+    y = m.Experts.apply(*a[:2], token, slot, offsets, not keep, *a[2:])
     expected = experts_by_double_loop(*b, chosen)
     dy = torch.randn_like(y)
     y.backward(dy), expected.backward(dy.double())
@@ -276,7 +279,7 @@ def test_linear_is_torchs_and_so_are_its_gradients_in_whole_tiles_or_not(n):
     x, w, dy = torch.randn(2, n, 32), torch.randn(48, 32), torch.randn(2, n, 48)
     assert m.has_onednn(x[0], w) == (m.AVX512 and n % 16 == 0)
     a, b = ([x.clone().requires_grad_(), w.clone().requires_grad_()] for _ in range(2))
-    ours, theirs = m.linear(*a), F.linear(*b)
+    ours, theirs = m.fast_linear(*a), F.linear(*b)
     torch.testing.assert_close(ours, theirs)
     ours.backward(dy), theirs.backward(dy)
     for mine, other in zip(a, b):
@@ -308,15 +311,6 @@ def test_rms_norm_and_its_gradients_are_torchs_whatever_the_strides():
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_alone_in_a_compiled_step_obeys_autocast_too():
-    x, w = torch.randn(1, 32), torch.randn(48, 32)
-    compiled = torch.compile(m.linear)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert compiled(x, w).dtype == torch.bfloat16
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x, w), F.linear(x, w))
-
-
 def test_linear_has_second_derivatives():
     torch.manual_seed(0)
     inputs = [torch.randn(16, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)]
@@ -325,21 +319,21 @@ def test_linear_has_second_derivatives():
         first, = torch.autograd.grad((f(*inputs) ** 2).sum(), inputs[0], create_graph=True)
         return torch.autograd.grad((first ** 2).sum(), inputs)
 
-    for ours, theirs in zip(second(m.linear), second(F.linear)):
+    for ours, theirs in zip(second(m.fast_linear), second(F.linear)):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-2)
 
 
 def test_linear_obeys_autocast():
     x, w = torch.randn(16, 32), torch.randn(48, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(m.linear(x, w), F.linear(x, w), rtol=0, atol=0)
+        torch.testing.assert_close(m.fast_linear(x, w), F.linear(x, w), rtol=0, atol=0)
 
 
 def test_rope_turns_the_first_pair_by_the_position_and_keeps_lengths():
     config = small(d_head=4, rope_base=100.0)
-    cos, sin = m.rope_tables(5, 1, config, "cpu")
+    rope = m.rope_tables(5, 1, config, "cpu")
     x = torch.tensor([1.0, 2.0, 0.0, 0.0]).view(1, 1, 1, 4)          # pairs (x0, x2) and (x1, x3)
-    y = m.Rope.apply(x, cos, sin).flatten()
+    y = m.rotate(x, rope).flatten()
     expected = [math.cos(5), 2 * math.cos(0.5), math.sin(5), 2 * math.sin(0.5)]      # frequencies 1 and 100^(-1/2)
     torch.testing.assert_close(y, torch.tensor(expected))
 
@@ -348,7 +342,10 @@ def test_rope_makes_scores_depend_on_distance_alone():
     config = small()
     q, k = torch.randn(16), torch.randn(16)
     cos, sin = m.rope_tables(0, 4096, config, "cpu")
-    turn = lambda x, i: m.Rope.apply(x.view(1, 1, 1, 16), cos[i:i + 1], sin[i:i + 1]).flatten()
+
+    def turn(x, i):
+        return m.rotate(x.view(1, 1, 1, 16), (cos[i:i + 1], sin[i:i + 1])).flatten()
+
     assert float(turn(q, 9) @ turn(k, 4)) == pytest.approx(float(turn(q, 4009) @ turn(k, 4004)), abs=1e-3)
 
 
@@ -414,22 +411,21 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
 
 def test_norms_and_embeddings_are_not_decayed_and_the_groups_add_up():
     model = Model(small(tie_embeddings=False))
-    decay, plain = (group["params"] for group in m.parameter_groups(model, 0.1))
+    decay, plain = (group["params"] for group in parameter_groups(model, 0.1))
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for p in plain} == {n for n in names.values() if "norm" in n or n == "embed.weight"}
     assert len(decay) + len(plain) == len(names)
 
 
-def test_recomputing_changes_no_gradient_and_routes_once(monkeypatch):
-    calls, original = [], m.route
-    monkeypatch.setattr(m, "route", lambda *args: calls.append(1) or original(*args))
-    grads = []
-    for recompute in (False, True):
-        model = Model(small(recompute=recompute)).init_weights(0)
-        x = tokens(2, 24)
-        o = model(x, x)
-        (o.ce + o.balance + o.z).backward()
-        grads.append([p.grad for p in model.parameters()])
+def test_recomputing_changes_no_gradient_and_routes_once():
+    calls, grads = [], []
+    with m.using(m.FAST._replace(route=lambda *args: calls.append(1) or m.fast_route(*args))):
+        for recompute in (False, True):
+            model = Model(small(recompute=recompute)).init_weights(0)
+            x = tokens(2, 24)
+            o = model(x, x)
+            (o.ce + o.balance + o.z).backward()
+            grads.append([p.grad for p in model.parameters()])
     assert len(calls) == 2 * 2                                       # two layers, two models: never again in backward
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
@@ -446,14 +442,109 @@ def test_balance_loss_reaches_the_gate_of_every_layer():
 def test_the_gate_is_float32_under_bfloat16_autocast():
     model = Model(small()).init_weights(0)
     seen = []
-    original = m.route
-    try:
-        m.route = lambda logits, *rest: seen.append(logits.dtype) or original(logits, *rest)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            model(tokens(2, 24), tokens(2, 24))
-    finally:
-        m.route = original
+    spy = m.FAST._replace(route=lambda logits, *rest: seen.append(logits.dtype) or m.fast_route(logits, *rest))
+    with m.using(spy), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(tokens(2, 24), tokens(2, 24))
     assert seen == [torch.float32, torch.float32]
+
+
+# --- the table of operators -----------------------------------------------------------------------------------------
+
+FORMS = {
+    "as it is": {}, "untied": dict(tie_embeddings=False), "not renormalised": dict(renormalize=False),
+    "top-1": dict(top_k=1), "no norm of q and k": dict(qk_norm=False), "dense": dict(n_expert=1, top_k=1),
+    "shared": dict(d_shared=16, shared_gate=True), "widths": dict(expert_groups=[(3, 16), (5, 32)]),
+    "dense first": dict(first_dense_layers=1), "capacity": dict(capacity_factor=0.7, eval_capacity_factor=0.7),
+    "bias": dict(bias_rate=0.1), "noise": dict(router_noise=0.5), "by sequence": dict(balance_scope="sequence"),
+    "global": dict(balance_scope="global"), "switch": dict(router="switch", top_k=1),
+    **{name: dict(router=name) for name in ("sigmoid", "top_p", "expert_choice", "hash", "random")},
+}
+
+
+def run_model(ops: m.Ops, config: ModelConfig) -> list[torch.Tensor]:
+    """Logits, losses and every gradient by this table, each routing checked against its contract on the way."""
+
+    def checked(logits, config, context):
+        routing = ops.route(logits, config, context)
+        router.check(routing, *logits.shape)
+        if (config.router, config.balance_scope) == ("softmax", "micro_batch"):          # E sum f P, written out
+            share = routing.experts.flatten().bincount(minlength=logits.shape[1]) / routing.experts.numel()
+            balance = logits.shape[1] * (share * logits.softmax(-1).mean(0)).sum()
+            torch.testing.assert_close(routing.losses["balance"], balance)
+        return routing
+
+    with m.using(ops._replace(route=checked)):
+        torch.manual_seed(0)
+        model = Model(config).init_weights(1)
+        for block in model.blocks:
+            if block.moe:
+                block.ffn.gate.data *= 4                                                 # a router that has favourites
+        x = tokens(2, 25)
+        logits = model(x[:, :-1]).logits
+        o = model(x[:, :-1], x[:, 1:])
+        (o.ce + 0.1 * o.balance + 0.1 * o.z).backward()
+        return [logits, o.ce, o.balance, o.z, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def agree(ops: m.Ops, plain: m.Ops, config: ModelConfig) -> None:
+    for ours, theirs in zip(run_model(ops, config), run_model(plain, replace(config, recompute=False)), strict=True):
+        assert (ours - theirs).norm() <= 2e-4 * theirs.norm() + 1e-6
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", FORMS)
+def test_each_fast_entry_alone_and_all_together_are_the_plain_ones_in_logits_and_every_gradient(
+        name, recompute, monkeypatch):
+    config = small(**FORMS[name], recompute=recompute)
+    for entry in m.Ops._fields:
+        agree(m.PLAIN._replace(**{entry: getattr(m.FAST, entry)}), m.PLAIN, config)
+    for at_once in (False, True):                                       # expert by expert, and by grouped products
+        monkeypatch.setattr(m, "has_grouped_mm", lambda *_, at_once=at_once: at_once)
+        agree(m.FAST, m.PLAIN, config)
+    agree(m.COMPILED, m.PLAIN, config)
+
+
+def scaled(entry: str) -> m.Ops:
+    """The fast table with one entry that gives 1.01 times what it should."""
+    fast = getattr(m.FAST, entry)
+
+    def wrong(*args):
+        found = fast(*args)
+        return replace(found, weights=1.01 * found.weights) if entry == "route" else 1.01 * found
+
+    return m.FAST._replace(**{entry: wrong})
+
+
+@pytest.mark.parametrize("entry", m.Ops._fields)
+def test_a_fast_entry_that_is_a_hundredth_off_is_noticed(entry):
+    with pytest.raises(AssertionError):
+        agree(scaled(entry), m.PLAIN, small())
+
+
+def test_experts_that_forget_their_weights_are_noticed():
+    def forgetful(x, routing, w):
+        return m.experts(x, replace(routing, weights=torch.ones_like(routing.weights)), w)
+
+    with pytest.raises(AssertionError):
+        agree(m.FAST, m.PLAIN._replace(experts=forgetful), small())
+
+
+def test_rows_that_are_not_in_token_order_are_noticed(monkeypatch):
+    def unstable(experts, n_expert, place=router.place):
+        counts, offsets, token, slot = place(experts.flip(0), n_expert)
+        return counts, offsets, len(experts) - 1 - token, slot.flip(0)
+
+    agree(m.FAST, m.PLAIN, small())
+    monkeypatch.setattr(router, "place", unstable)
+    with pytest.raises(AssertionError, match="ties in token order"):
+        agree(m.FAST, m.PLAIN, small())
+
+
+def test_a_balance_loss_k_times_itself_is_noticed(monkeypatch):
+    balance_loss = router.balance_loss
+    monkeypatch.setattr(router, "balance_loss", lambda *args: 3 * balance_loss(*args))
+    with pytest.raises(AssertionError):
+        agree(m.FAST, m.PLAIN, small())
 
 
 # --- the axes of the expert layer -----------------------------------------------------------------------------------
@@ -537,8 +628,7 @@ def test_sizes_count_every_axis_by_hand():
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(expert_groups=[]), "expert_groups"), (dict(expert_groups=[(2, 0)]), "expert_groups"),
-    (dict(expert_groups=[(2, 8, 8)]), "expert_groups"), (dict(expert_groups=[(2, 8)], top_k=3), "top_k = 3"),
+    (dict(expert_groups=[(2, 8)], top_k=3), "top_k = 3"),
     (dict(d_shared=-1), "d_shared"), (dict(shared_gate=True), "d_shared"), (dict(first_dense_layers=2), "n_layer - 1"),
     (dict(n_expert=1, top_k=1, d_shared=8), "d_expert"), (dict(capacity_factor=0.0), "capacity_factor"),
     (dict(router="switch"), "top_k = 1"), (dict(router="hash", bias_rate=0.1), "no bias"),
@@ -548,7 +638,14 @@ def test_sizes_count_every_axis_by_hand():
 ])
 def test_impossible_axes_are_refused_in_one_line(changes, message):
     with pytest.raises(BadInput, match=message):
-        small(**changes).validate()
+        m.validate(small(**changes))
+
+
+@pytest.mark.parametrize("pairs", [[], [(2, 0)], [(2, 8, 8)], [(2.5, 8)], 3])
+def test_groups_of_experts_that_are_none_are_refused_in_one_line(pairs):
+    with pytest.raises(BadInput, match="expert_groups"):
+        m.whole_groups(pairs)
+    assert m.whole_groups([[2, 8.0]]) == [(2, 8)]
 
 
 @pytest.mark.parametrize("changes", [dict(expert_groups=[(4, 8), (4, 16)]), dict(d_shared=8), dict(bias_rate=0.1),
@@ -626,8 +723,11 @@ def test_greedy_decoding_with_the_cache_gives_the_tokens_of_full_recomputation(c
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_compiled_step_writes_the_same_tokens_whatever_the_axes(batch):
     model = Model(small(expert_groups=[(3, 16), (5, 8)], d_shared=16, n_layer=2)).init_weights(3).eval()
-    write = lambda **how: torch.stack(list(generate(model, tokens(batch, 5), 20, temperature=0, **how))).tolist()
-    assert write(compiled=True) == write()
+
+    def write(step):
+        return torch.stack(list(generate(model, tokens(batch, 5), 20, temperature=0, step=step))).tolist()
+
+    assert write(m.Decoder()) == write(m.next_logits)
 
 
 def test_rows_of_a_batch_are_decoded_as_if_alone():
@@ -656,9 +756,11 @@ def test_sampling_is_a_function_of_the_seed_and_never_draws_padding():
 
 
 def test_positions_beyond_max_seq_len_are_refused():
-    model = Model(small(max_seq_len=30)).init_weights(0)
-    with pytest.raises(BadInput, match="30"):
+    model = Model(small(max_seq_len=30, vocab_size=264)).init_weights(0)
+    with pytest.raises(AssertionError, match="30"):
         list(generate(model, torch.ones(1, 20, dtype=torch.int64), 11))
+    with pytest.raises(BadInput, match="limit is 30"):
+        list(m.write_text(model, m.load_tokenizer("bytes"), "x" * 20, 11))
 
 
 def test_a_quarter_million_positions_cost_no_memory_until_used():
@@ -667,10 +769,14 @@ def test_a_quarter_million_positions_cost_no_memory_until_used():
     assert state(small_model) == state(large)
 
 
-def test_text_is_written_in_whole_characters(monkeypatch):
+def test_text_is_written_in_whole_characters():
     text = iter("né\N{SNOWMAN}".encode())
-    monkeypatch.setattr(m, "one_step", lambda *_: F.one_hot(torch.tensor([next(text)]), 264).float())
-    pieces = list(m.write_text(Model(small(vocab_size=264)), m.load_tokenizer("bytes"), "a", 6, temperature=0))
+
+    def spell(model, tokens, cache):
+        return F.one_hot(torch.tensor([next(text)]), 264).float()
+
+    model, tokenizer = Model(small(vocab_size=264)), m.load_tokenizer("bytes")
+    pieces = list(m.write_text(model, tokenizer, "a", 6, temperature=0, step=spell))
     assert pieces[0] == "a" and "".join(pieces[1:]) == "né\N{SNOWMAN}" and "\ufffd" not in "".join(pieces)
 
 
@@ -768,11 +874,10 @@ def test_the_routing_picture_holds_each_tokens_first_expert_and_the_share_of_eac
     ids = torch.tensor([list(text.encode()[:24])])
     with torch.no_grad():
         x = model.embed(ids)
-        cos, sin = m.rope_tables(0, 24, model.config, "cpu")
         block = model.blocks[0]
-        x = x + block.attn(block.attn_norm(x), cos, sin, None, 0)
+        x = x + m.attend(block.attn_norm(x), block.attn, m.rope_tables(0, 24, model.config, "cpu"), None)
         best = (block.ffn_norm(x)[0] @ block.ffn.gate.T).argmax(-1)
-    assert torch.equal(experts[0, :24], best.int())
+    assert torch.equal(experts[0, :24], best)
     spaces = [i for i, c in enumerate(text) if c == " "]
     expected = experts[1, spaces].bincount(minlength=8) / len(spaces)
     torch.testing.assert_close(share[1, :, result["kinds"].index("space")], expected)

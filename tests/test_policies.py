@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model import ModelConfig
-from router import POLICIES, Context, balance_loss, check, route, settings, update_bias
+from router import POLICIES, Context, RouterConfig, balance_loss, check, route, update_bias
 
 QUARTERS = torch.tensor([[1.0, 2.0, 4.0, 1.0]]).log()          # probabilities 1/8, 2/8, 4/8, 1/8
 
@@ -27,7 +26,7 @@ def close(x, expected):
 
 def test_softmax_with_a_bias_chooses_by_probability_plus_bias_and_weighs_by_probability_alone():
     context = Context(bias=torch.tensor([0.5, 0.0, 0.0, 0.0]))  # 1/8 + 1/2 = 5/8 comes before 4/8
-    plain, normal = (route(QUARTERS, settings("softmax", 2, renormalize=r), context) for r in (False, True))
+    plain, normal = (route(QUARTERS, RouterConfig("softmax", 2, renormalize=r), context) for r in (False, True))
     assert plain.experts.tolist() == normal.experts.tolist() == [[0, 2]]
     close(plain.weights, [[1 / 8, 4 / 8]])
     close(normal.weights, [[1 / 5, 4 / 5]])
@@ -35,42 +34,42 @@ def test_softmax_with_a_bias_chooses_by_probability_plus_bias_and_weighs_by_prob
 
 def test_weights_stay_a_share_when_the_bias_chooses_experts_of_no_probability_at_all():
     logits, context = torch.tensor([[300.0, 0.0, 0.0]]), Context(bias=torch.tensor([-2.0, 0.0, 0.0]))
-    close(route(logits, settings("softmax", 2), context).weights, [[1 / 2, 1 / 2]])            # p = 1, 0, 0 in float32
+    close(route(logits, RouterConfig("softmax", 2), context).weights, [[1 / 2, 1 / 2]])    # p = 1, 0, 0 in float32
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_switch_visits_one_expert_and_weighs_it_by_its_probability_renormalised_or_not(renormalize):
-    routing = route(QUARTERS, settings("switch", 1, renormalize=renormalize))
+    routing = route(QUARTERS, RouterConfig("switch", 1, renormalize=renormalize))
     assert routing.experts.tolist() == [[2]]
     close(routing.weights, [[4 / 8]])
     with pytest.raises(AssertionError, match="top_k = 1"):
-        route(QUARTERS, settings("switch", 2))
+        route(QUARTERS, RouterConfig("switch", 2))
 
 
 SCORES = torch.tensor([[0.0, math.log(3), -math.log(4), math.log(2)]])                         # s = 1/2, 3/4, 1/5, 2/3
 
 
 def test_sigmoid_weighs_the_chosen_scores_by_their_sum_or_leaves_them():
-    close(route(SCORES, settings("sigmoid", 2)).weights, [[9 / 17, 8 / 17]])                   # 9/12 and 8/12
-    plain = route(SCORES, settings("sigmoid", 2, renormalize=False))
+    close(route(SCORES, RouterConfig("sigmoid", 2)).weights, [[9 / 17, 8 / 17]])                   # 9/12 and 8/12
+    plain = route(SCORES, RouterConfig("sigmoid", 2, renormalize=False))
     assert plain.experts.tolist() == [[1, 3]]
     close(plain.weights, [[3 / 4, 2 / 3]])
 
 
 def test_sigmoid_bias_selects_and_never_weighs():
     context = Context(bias=torch.tensor([0.0, -0.5, 0.4, 0.0]))                                # 0.5, 0.25, 0.6, 0.67
-    routing = route(SCORES, settings("sigmoid", 2), context)
+    routing = route(SCORES, RouterConfig("sigmoid", 2), context)
     assert routing.experts.tolist() == [[3, 2]]
     close(routing.weights, [[10 / 13, 3 / 13]])                                                # 10/15 and 3/15
 
 
 def test_sigmoid_balance_loss_sees_each_score_as_a_share_of_all():
-    loss = route(SCORES, settings("sigmoid", 2)).losses["balance"]        # shares 30, 45, 12 and 40 / 127
+    loss = route(SCORES, RouterConfig("sigmoid", 2)).losses["balance"]        # shares 30, 45, 12 and 40 / 127
     assert loss.item() == pytest.approx(4 * (45 / 127 + 40 / 127) / 2)
 
 
 def test_sigmoid_scores_that_all_underflow_are_still_shared_out():
-    routing = route(torch.full((1, 4), -200.0), settings("sigmoid", 2))
+    routing = route(torch.full((1, 4), -200.0), RouterConfig("sigmoid", 2))
     close(routing.weights, [[1 / 2, 1 / 2]])
 
 
@@ -79,14 +78,14 @@ SHARES = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
 @pytest.mark.parametrize(("p", "k", "visited"), [(0.4, 3, 1), (0.6, 3, 2), (0.9, 4, 3), (0.9, 2, 2), (1.0, 4, 4)])
 def test_top_p_visits_experts_until_their_probability_reaches_p_and_at_most_k(p, k, visited):
-    routing = route(SHARES, settings("top_p", k, top_p=p, renormalize=False))
+    routing = route(SHARES, RouterConfig("top_p", k, top_p=p, renormalize=False))
     close(routing.weights[0], [0.5, 0.3, 0.15, 0.05][:visited] + [0.0] * (k - visited))
     assert routing.experts.tolist() == [list(range(k))] and routing.demand.sum() == visited
     assert routing.stats["load"].sum().item() == pytest.approx(visited / k) and routing.stats["dropped"] == 0
 
 
 def test_top_p_shares_its_weight_and_its_balance_loss_among_the_visited_alone():
-    routing = route(SHARES, settings("top_p", 3, top_p=0.6))
+    routing = route(SHARES, RouterConfig("top_p", 3, top_p=0.6))
     close(routing.weights, [[5 / 8, 3 / 8, 0.0]])
     assert routing.losses["balance"].item() == pytest.approx(4 * (0.5 + 0.3) / 2)              # f = 1/2, 1/2, 0, 0
 
@@ -98,7 +97,7 @@ def two_experts(*p):
 
 
 def test_expert_choice_gives_each_expert_its_likeliest_tokens():
-    routing = route(two_experts(0.9, 0.8, 0.6, 0.3), settings("expert_choice", 1))             # C = 4 * 1 / 2
+    routing = route(two_experts(0.9, 0.8, 0.6, 0.3), RouterConfig("expert_choice", 1))             # C = 4 * 1 / 2
     assert routing.experts.tolist() == [[0, 1], [0, 1], [1, 0], [1, 0]]                        # two slots, one in use
     close(routing.weights, [[0.9, 0], [0.8, 0], [0.4, 0], [0.7, 0]])                           # token 2 wanted expert 0
     assert routing.demand.tolist() == [2, 2] and routing.stats["load"].tolist() == [1 / 4, 1 / 4]
@@ -107,14 +106,14 @@ def test_expert_choice_gives_each_expert_its_likeliest_tokens():
 
 def test_expert_choice_leaves_a_token_without_expert_and_drops_the_least_likely_beyond_two_k():
     probs = torch.tensor([[0.3, 0.29, 0.25, 0.16], [0.1, 0.1, 0.1, 0.7], [0.1, 0.1, 0.2, 0.6], [0.2, 0.1, 0.2, 0.5]])
-    routing = route(probs.log(), settings("expert_choice", 1))  # C = 1: experts 0, 1, 2 take token 0; 3 takes token 1
+    routing = route(probs.log(), RouterConfig("expert_choice", 1))   # C = 1: experts 0 to 2 take token 0, 3 takes 1
     close(routing.weights, [[0.3, 0.29], [0.7, 0.0], [0.0, 0.0], [0.0, 0.0]])
     assert routing.demand.tolist() == [1, 1, 0, 1] and routing.stats["dropped"] == 1 / 4
 
 
 def test_expert_choice_refuses_a_second_capacity():
     with pytest.raises(AssertionError, match="capacity of its own"):
-        route(QUARTERS, settings("expert_choice", 1, capacity_factor=1.0))
+        route(QUARTERS, RouterConfig("expert_choice", 1, capacity_factor=1.0))
 
 
 def murmur(x):
@@ -128,28 +127,28 @@ def test_hash_sends_a_token_id_to_the_same_experts_whatever_the_logits_and_the_n
     ids = torch.tensor([5, 0, 150_000, 5])
     expected = [sorted(range(8), key=lambda e: -murmur(8 * i + e))[:3] for i in ids.tolist()]
     for seed in (0, 1):
-        routing = route(random_logits(4, 8, seed), settings("hash", 3), Context(ids=ids))
+        routing = route(random_logits(4, 8, seed), RouterConfig("hash", 3), Context(ids=ids))
         assert routing.experts.tolist() == expected and (routing.weights == 1 / 3).all()
-    alone = route(random_logits(1, 8), settings("hash", 3), Context(ids=ids[2:3]))
+    alone = route(random_logits(1, 8), RouterConfig("hash", 3), Context(ids=ids[2:3]))
     assert alone.experts.tolist() == expected[2:3]
 
 
 def test_hash_without_token_ids_says_so():
     with pytest.raises(AssertionError, match="pass Context"):
-        route(QUARTERS, settings("hash", 2))
+        route(QUARTERS, RouterConfig("hash", 2))
 
 
 @pytest.mark.parametrize("name", ["hash", "random"])
 def test_unlearnt_routers_use_all_experts_alike_and_have_a_constant_balance_loss(name):
     n, logits = 8000, random_logits(8000, 8) + torch.linspace(3, -3, 8)
-    routing = route(logits.requires_grad_(), settings(name, 2), Context(ids=torch.arange(n)))
+    routing = route(logits.requires_grad_(), RouterConfig(name, 2), Context(ids=torch.arange(n)))
     expected, deviation = n * 2 / 8, math.sqrt(n * 1 / 4 * 3 / 4)                              # binomial, p = K / E
     assert (routing.counts - expected).abs().max() < 5 * deviation
     assert routing.losses["balance"].item() == pytest.approx(1) and not routing.losses["balance"].requires_grad
 
 
 def test_random_draws_anew_each_time_and_again_from_the_same_seed():
-    draw = lambda seed: torch.manual_seed(seed) and route(random_logits(), settings("random", 3)).experts.tolist()
+    draw = lambda seed: torch.manual_seed(seed) and route(random_logits(), RouterConfig("random", 3)).experts.tolist()
     with torch.random.fork_rng():
         assert draw(0) == draw(0) != draw(1)
 
@@ -166,7 +165,7 @@ def test_every_policy_keeps_the_contract_for_any_size_and_any_setting(name, scop
         if (name == "switch" and k > 1) or (name == "expert_choice" and capacity):
             continue
         logits = random_logits(n, e, k).requires_grad_()
-        config = settings(name, k, balance_scope=scope, router_noise=0.5, capacity_factor=capacity)
+        config = RouterConfig(name, k, balance_scope=scope, router_noise=0.5, capacity_factor=capacity)
         context = Context(torch.arange(n), n, True, 0.1 * random_logits(1, e)[0], torch.arange(e))
         routing = route(logits, config, context)
         check(routing, n, e)
@@ -180,25 +179,12 @@ def test_every_policy_keeps_the_contract_for_any_size_and_any_setting(name, scop
 def test_every_policy_counts_a_row_with_nan_or_infinity_and_stays_finite(name, bad):
     logits = random_logits()
     logits[5, 2], logits[9] = bad, bad
-    config = settings(name, 1 if name == "switch" else 3, router_noise=0.5)
+    config = RouterConfig(name, 1 if name == "switch" else 3, router_noise=0.5)
     routing = route(logits.requires_grad_(), config, Context(torch.arange(64), training=True, bias=torch.zeros(7)))
     check(routing, 64, 7)
     assert routing.stats["nonfinite"] == 2
     (routing.weights.sum() + sum(routing.losses.values())).backward()
     assert logits.grad.isfinite().all() and (logits.grad[[5, 9]] == 0).all()
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_no_policy_computes_losses_while_text_is_written(name):
-    config = settings(name, 1, eval_capacity_factor=None if name == "expert_choice" else 1.0)
-    with torch.inference_mode():
-        routing = route(random_logits(), config, Context(torch.arange(64)))
-    assert routing.losses == routing.stats == {} and routing.weights.shape == routing.experts.shape
-
-
-def test_settings_are_the_defaults_of_a_model():
-    defaults = vars(settings("softmax", 4))
-    assert defaults == {name: getattr(ModelConfig(), name) for name in defaults}
 
 
 # --- noise ----------------------------------------------------------------------------------------------------------
@@ -207,7 +193,7 @@ def test_settings_are_the_defaults_of_a_model():
 @pytest.mark.parametrize("name", ["softmax", "switch", "sigmoid", "top_p", "expert_choice"])
 def test_noise_changes_the_choice_in_training_only_and_weighs_nothing(name):
     logits, k = random_logits(), 1 if name == "switch" else 2
-    quiet, loud = settings(name, k, renormalize=False), settings(name, k, renormalize=False, router_noise=2.0)
+    quiet, loud = RouterConfig(name, k, renormalize=False), RouterConfig(name, k, renormalize=False, router_noise=2.0)
     calm, written = route(logits, quiet, Context(training=True)), route(logits, loud)
     assert torch.equal(calm.experts, written.experts) and torch.equal(calm.weights, written.weights)
     with torch.random.fork_rng():
@@ -224,7 +210,7 @@ def test_noise_changes_the_choice_in_training_only_and_weighs_nothing(name):
 
 def test_capacity_keeps_an_experts_first_tokens_and_gives_the_others_weight_0_and_no_gradient():
     logits = two_experts(0.9, 0.8, 0.7, 0.6).requires_grad_()   # all four want expert 0, which serves 4 * 1 / 2
-    routing = route(logits, settings("switch", 1, capacity_factor=1.0), Context(training=True))
+    routing = route(logits, RouterConfig("switch", 1, capacity_factor=1.0), Context(training=True))
     close(routing.weights.detach(), [[0.9], [0.8], [0.0], [0.0]])
     assert routing.stats["dropped"] == 1 / 2 and routing.counts.tolist() == routing.demand.tolist() == [4, 0]
     routing.weights.sum().backward()
@@ -234,13 +220,13 @@ def test_capacity_keeps_an_experts_first_tokens_and_gives_the_others_weight_0_an
 @pytest.mark.parametrize(("factor", "kept"), [(0.1, 1), (0.5, 1), (0.51, 2), (1.5, 3), (2.0, 4), (9.0, 4), (None, 4)])
 def test_an_expert_serves_the_ceiling_of_factor_times_an_even_share(factor, kept):
     logits = two_experts(0.9, 0.8, 0.7, 0.6)                    # an even share is 2
-    config = settings("switch", 1, capacity_factor=factor, eval_capacity_factor=0.1)
+    config = RouterConfig("switch", 1, capacity_factor=factor, eval_capacity_factor=0.1)
     assert (route(logits, config, Context(training=True)).weights > 0).sum() == kept
     assert (route(logits, config).weights > 0).sum() == 1       # outside training the other factor counts
 
 
 def test_weights_that_stay_are_not_renormalised_when_another_is_dropped():
-    config = settings("softmax", 2, capacity_factor=0.5)        # 2 tokens on the same 2 of 4 experts: C = 1
+    config = RouterConfig("softmax", 2, capacity_factor=0.5)        # 2 tokens on the same 2 of 4 experts: C = 1
     routing = route(QUARTERS.expand(2, 4).contiguous(), config, Context(training=True))
     close(routing.weights, [[4 / 6, 2 / 6], [0.0, 0.0]])
     routing = route(torch.cat([QUARTERS, QUARTERS.flip(-1)]), config, Context(training=True))
@@ -249,10 +235,10 @@ def test_weights_that_stay_are_not_renormalised_when_another_is_dropped():
 
 def test_unused_slots_of_top_p_take_no_place_from_others():
     logits = torch.cat([SHARES, SHARES.flip(-1)])               # token 0 visits expert 0, token 1 expert 3
-    routing = route(logits, settings("top_p", 2, top_p=0.4, eval_capacity_factor=0.5, renormalize=False))  # C = 1
+    routing = route(logits, RouterConfig("top_p", 2, top_p=0.4, eval_capacity_factor=0.5, renormalize=False))  # C = 1
     close(routing.weights, [[0.5, 0.0], [0.5, 0.0]])
     crossed = torch.cat([SHARES, SHARES[:, [1, 0, 2, 3]]])      # token 0 idles at expert 1, token 1 visits it
-    routing = route(crossed, settings("top_p", 2, top_p=0.4, eval_capacity_factor=0.5, renormalize=False))
+    routing = route(crossed, RouterConfig("top_p", 2, top_p=0.4, eval_capacity_factor=0.5, renormalize=False))
     close(routing.weights, [[0.5, 0.0], [0.5, 0.0]])
     assert routing.stats["dropped"] == 0
 
@@ -261,15 +247,15 @@ def test_unused_slots_of_top_p_take_no_place_from_others():
 
 
 def test_under_expert_choice_a_later_token_takes_an_earlier_ones_place():
-    before = route(two_experts(0.9, 0.8, 0.6, 0.3), settings("expert_choice", 1))
-    after = route(two_experts(0.9, 0.8, 0.6, 0.95), settings("expert_choice", 1))              # token 3 turns to 0
+    before = route(two_experts(0.9, 0.8, 0.6, 0.3), RouterConfig("expert_choice", 1))
+    after = route(two_experts(0.9, 0.8, 0.6, 0.95), RouterConfig("expert_choice", 1))              # token 3 turns to 0
     close(before.weights[1], [0.8, 0.0])
     close(after.weights[1], [0.2, 0.0])                                                        # left to expert 1
     assert not POLICIES["expert_choice"].causal
 
 
 def test_under_a_capacity_no_later_token_evicts_an_earlier_one():
-    config = settings("softmax", 2, capacity_factor=0.5)
+    config = RouterConfig("softmax", 2, capacity_factor=0.5)
     logits, context = random_logits() + torch.linspace(2, -2, 7), Context(training=True)
     changed = torch.cat([logits[:32], 5 * random_logits(32, seed=1)])
     first, second = route(logits, config, context), route(changed, config, context)
@@ -277,7 +263,7 @@ def test_under_a_capacity_no_later_token_evicts_an_earlier_one():
 
 
 def test_under_a_capacity_another_sequence_of_the_batch_and_its_size_do_change_a_tokens_output():
-    config = settings("switch", 1, eval_capacity_factor=1.0)
+    config = RouterConfig("switch", 1, eval_capacity_factor=1.0)
     sequence, other, calm = two_experts(0.9, 0.8), two_experts(0.9, 0.9), two_experts(0.1, 0.1)
     weights = lambda *sequences: route(torch.cat(sequences), config).weights.flatten()
     close(weights(calm, sequence)[2:], [0.9, 0.8])
@@ -299,12 +285,12 @@ SPLIT = two_experts(0.75, 0.75, 0.25, 0.25)
 ])
 def test_the_balance_loss_of_two_sequences_that_are_skewed_against_each_other(scope, loss):
     context = Context(seq_len=2, training=True, load=torch.tensor([0, 4]))
-    routing = route(SPLIT, settings("switch", 1, balance_scope=scope), context)
+    routing = route(SPLIT, RouterConfig("switch", 1, balance_scope=scope), context)
     assert routing.losses["balance"].item() == pytest.approx(loss)
 
 
 def test_the_global_balance_loss_counts_the_earlier_micro_batches_of_the_step_and_only_in_training():
-    config, load = settings("switch", 1, balance_scope="global"), torch.tensor([0, 6])
+    config, load = RouterConfig("switch", 1, balance_scope="global"), torch.tensor([0, 6])
     loss = lambda **context: route(SPLIT[:2], config, Context(**context)).losses["balance"].item()
     assert loss(training=True, load=load) == pytest.approx(2 * (2 / 8 * 3 / 4 + 6 / 8 * 1 / 4))
     assert loss(training=True) == loss(load=load) == pytest.approx(1.5)
@@ -312,7 +298,7 @@ def test_the_global_balance_loss_counts_the_earlier_micro_batches_of_the_step_an
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid", "top_p"])
 def test_the_last_micro_batch_of_a_step_sees_the_load_of_the_whole_step(name):
-    logits, config = random_logits(96), settings(name, 2, balance_scope="global")
+    logits, config = random_logits(96), RouterConfig(name, 2, balance_scope="global")
     load = torch.zeros(7, dtype=torch.int64)
     for part in logits.chunk(3):
         routing = route(part, config, Context(training=True, load=load))
@@ -325,7 +311,7 @@ def test_the_last_micro_batch_of_a_step_sees_the_load_of_the_whole_step(name):
 
 def test_sequences_of_another_length_than_the_rows_hold_are_refused():
     with pytest.raises(AssertionError, match="whole number of sequences"):
-        route(SPLIT, settings("switch", 1, balance_scope="sequence"), Context(seq_len=3))
+        route(SPLIT, RouterConfig("switch", 1, balance_scope="sequence"), Context(seq_len=3))
 
 
 # --- the selection bias ---------------------------------------------------------------------------------------------
@@ -343,7 +329,7 @@ def test_the_bias_moves_one_step_against_the_load_and_stays_centred():
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 def test_the_bias_evens_a_skewed_load_without_any_loss(name):
     logits, bias = random_logits(512) + torch.linspace(1, -1, 7), torch.zeros(7)
-    skew = lambda: route(logits, settings(name, 2), Context(bias=bias)).demand
+    skew = lambda: route(logits, RouterConfig(name, 2), Context(bias=bias)).demand
     before = skew()
     for _ in range(200):
         update_bias(bias, skew(), 0.005)
@@ -357,7 +343,7 @@ def one_rank(rank, file):
     """The global balance loss of one sequence of SPLIT, and a bias update, as one of two processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    routing = route(SPLIT[2 * rank:2 * rank + 2], settings("switch", 1, balance_scope="global"),
+    routing = route(SPLIT[2 * rank:2 * rank + 2], RouterConfig("switch", 1, balance_scope="global"),
                     Context(training=True, load=torch.tensor([0, 2 * rank])))
     bias = update_bias(torch.zeros(2), routing.demand + torch.tensor([0, 2 * rank]), 0.1)
     dist.destroy_process_group()

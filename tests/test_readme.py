@@ -12,8 +12,8 @@ import torch
 
 import router
 import train
-from model import Model, ModelConfig, count
-from router import POLICIES, Context, check, check_causal, route, settings
+from model import Model, ModelConfig, count, validate
+from router import FUSED, POLICIES, Context, RouterConfig, check, check_causal, route
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -117,11 +117,11 @@ def test_the_router_of_ones_own_is_under_20_lines_keeps_its_promise_and_trains()
     try:
         exec(block, vars(router))                             # as if pasted below the policies
         logits = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
-        check(route(logits, settings("my_idea", 2)), 64, 16)
-        assert check_causal(logits, settings("my_idea", 2), Context())
+        check(route(logits, RouterConfig("my_idea", 2)), 64, 16)
+        assert check_causal(logits, RouterConfig("my_idea", 2), Context())
         config = ModelConfig(n_layer=2, d_model=32, n_head=2, n_kv_head=1, d_head=16, n_expert=8, top_k=2, d_expert=16,
                              seq_len=16, router="my_idea")
-        config.validate()
+        validate(config)
         model, x = Model(config).init_weights(0), torch.arange(17)[None] % 7
         optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-2), []
         for _ in range(10):
@@ -136,7 +136,9 @@ def test_the_router_of_ones_own_is_under_20_lines_keeps_its_promise_and_trains()
 
 def test_the_table_of_routers_names_every_policy_and_what_it_promises():
     rows = re.findall(r"^\| `(\w+)` \| .* \| (yes|no) \| (yes|no) \|$", README, re.M)
-    assert rows == [(name, *("yes" if flag else "no" for flag in (p.causal, p.fused))) for name, p in POLICIES.items()]
+    expected = [(name, *("yes" if flag else "no" for flag in (choose.causal, name in FUSED)))
+                for name, choose in POLICIES.items()]
+    assert rows == expected
 
 
 DIFFERENCES = [  # sweep, group, and the two models whose losses are compared

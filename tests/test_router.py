@@ -1,6 +1,5 @@
 """router.py, the definition: every equation by hand, the contract, causality, bad rows, and a policy of one's own."""
 
-import json
 import math
 import runpy
 import sys
@@ -9,11 +8,25 @@ import pytest
 import torch
 
 import router
-from router import POLICIES, Context, balance_loss, check, combine, gather, place, route, settings, top_k, z_loss
+from router import (
+    POLICIES,
+    BadInput,
+    Choice,
+    Context,
+    RouterConfig,
+    balance_loss,
+    check,
+    combine,
+    gather,
+    place,
+    route,
+    top_k,
+    z_loss,
+)
 
 
 def config(k, name="softmax", **fields):
-    return settings(name, k, **fields)
+    return RouterConfig(name, k, **fields)
 
 
 def ids(n):
@@ -32,7 +45,7 @@ def random_logits(n=64, e=7, seed=0):
 def test_balance_loss_is_one_at_perfect_balance_for_any_k(k):
     logits = 30 * torch.eye(4)                                   # every P_e is 1/4: each token wants another expert
     experts = (torch.arange(4)[:, None] + torch.arange(k)) % 4   # each expert gets k rows
-    counts = place(experts.int(), 4)[0]
+    counts = place(experts, 4)[0]
     assert balance_loss(logits.softmax(-1), counts).item() == pytest.approx(1)
 
 
@@ -81,10 +94,10 @@ def test_top_k_agrees_with_a_stable_sort_of_all_experts(e, k):
 
 
 def test_rows_stand_in_expert_order_and_ties_in_token_order():
-    experts = torch.tensor([[2, 0], [0, 1], [2, 1]], dtype=torch.int32)
-    counts, offsets, slot, token = place(experts, 4)
+    experts = torch.tensor([[2, 0], [0, 1], [2, 1]])
+    counts, offsets, token, slot = place(experts, 4)
     assert counts.tolist() == [2, 2, 2, 0] and offsets.tolist() == [2, 4, 6, 6]
-    assert token.tolist() == [1, 2, 3, 5, 0, 4]                  # expert 0: choices 1, 2; 1: 3, 5; 2: 0, 4
+    assert token.tolist() == [0, 1, 1, 2, 0, 2]                  # expert 0: tokens 0, 1; 1: 1, 2; 2: 0, 2
     assert slot.tolist() == [[4, 0], [1, 2], [5, 3]]
 
 
@@ -130,8 +143,13 @@ def test_a_step_along_the_balance_gradient_evens_the_load():
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_weight_gradients_agree_with_finite_differences(renormalize):
     logits = random_logits(3, 6).double().requires_grad_()       # below the float32 entry check, straight to the policy
-    plan = lambda x: POLICIES["softmax"].route(x, config(2, renormalize=renormalize), Context())
-    assert torch.autograd.gradcheck(lambda x: (plan(x).weights, *plan(x).losses.values()), logits)
+
+    def losses(x):
+        choice = POLICIES["softmax"](x, config(2, renormalize=renormalize), Context())
+        demand = torch.bincount(choice.experts.flatten(), minlength=6)
+        return choice.weights, balance_loss(choice.probs, demand), z_loss(x)
+
+    assert torch.autograd.gradcheck(losses, logits)
 
 
 def test_gather_and_combine_are_each_others_gradient():
@@ -158,13 +176,13 @@ def test_gathering_and_combining_equal_rows_multiplies_by_k(dtype, n):
 # --- causality and bad rows -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name, entry in POLICIES.items() if entry.causal])
+@pytest.mark.parametrize("name", [name for name, choose in POLICIES.items() if choose.causal])
 @pytest.mark.parametrize("fields", [{}, dict(router_noise=1.0), dict(balance_scope="sequence")])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_causal_policy_gives_an_early_token_nothing_from_later_ones_by_value_and_by_gradient(name, fields, training):
     logits, how = random_logits().requires_grad_(), config(1 if name == "switch" else 2, name, **fields)
     context = Context(ids(64).ids, 16, training, bias=torch.linspace(-0.1, 0.1, 7))
-    assert router.is_causal(how, training) and router.check_causal(logits, how, context)
+    assert router.check_causal(logits, how, context)
     weights = route(logits, how, context).weights
     if name in ("hash", "random"):
         assert not weights.requires_grad                         # nothing learnt, nothing to leak
@@ -174,8 +192,10 @@ def test_a_causal_policy_gives_an_early_token_nothing_from_later_ones_by_value_a
 
 
 def test_the_causality_check_catches_a_policy_that_looks_ahead(monkeypatch):
-    peek = lambda logits, config, context: router.softmax(logits + logits.sum(0), config, context)
-    monkeypatch.setitem(POLICIES, "peek", router.Policy(peek, causal=True, fused=False))
+    def peek(logits, config, context):
+        return router.softmax(logits + logits.sum(0), config, context)
+
+    monkeypatch.setitem(POLICIES, "peek", peek)
     assert not router.check_causal(random_logits(), config(2, "peek"), Context())
 
 
@@ -213,14 +233,11 @@ def test_logits_that_are_not_float32_and_an_impossible_k_are_refused():
 
 
 def test_a_policy_of_ones_own_is_one_function_and_one_decorator():
-    @router.policy("own", causal=True)
+    @router.policy("own")
     def own(logits, config, context):
-        logits, nonfinite = router.finite_rows(logits)
         scores = logits.relu() + 1e-3
-        experts = router.top_k(scores, config.top_k)
-        weights = scores.gather(-1, experts.long())
-        probs = scores / scores.sum(-1, keepdim=True)
-        return router.finish(logits, probs, weights, experts, nonfinite, config, context)
+        experts = top_k(scores, config.top_k)
+        return Choice(experts, scores.gather(1, experts), scores / scores.sum(-1, keepdim=True))
 
     try:
         logits = random_logits()
@@ -233,43 +250,35 @@ def test_a_policy_of_ones_own_is_one_function_and_one_decorator():
         del POLICIES["own"]
 
 
-def test_running_the_file_checks_every_policy_and_prints_what_the_kernels_save(capsys):
-    assert router.main([]) == 0
+def test_running_the_file_checks_and_compares_every_policy(capsys):
+    router.main([])
     out = capsys.readouterr().out
     assert all(f"  {name} " in out for name in POLICIES)
-    assert "route, forward" in out and "gather" in out
-    assert torch.cuda.is_available() or "no GPU here" in out
 
 
 def test_list_names_every_policy_with_its_paper_on_a_line_of_its_own(capsys):
-    assert router.main(["--list"]) == 0
+    router.main(["--list"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(POLICIES) and max(map(len, lines)) <= 140
     assert all("(" in line for line in lines if not line.startswith("random"))
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_policy_draws_the_load_of_one_router_with_its_data_beside_it(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert router.main(["--policy", name]) == 0
-    data = json.loads((tmp_path / "out" / f"router_{name}.json").read_text())
-    assert data["policy"] == name and len(data["load"]) == data["n_expert"] and sum(data["load"]) <= 1.0001
-    assert (tmp_path / "out" / f"router_{name}.png").stat().st_size > 1000
+def test_policy_shows_the_load_of_one_router(name, capsys):
+    router.main(["--policy", name])
     out = capsys.readouterr().out
-    assert f"{max(data['load']):.2%}" in out and f"out/router_{name}.png" in out
+    load = router.try_policy(name).stats["load"]
+    assert f"{load.max():.2%}" in out and out.count("#\n") == 17 and load.sum() <= 1.0001
 
 
-def test_a_misspelt_policy_gets_one_line_with_the_nearest_name(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert router.main(["--policy", "softmaks"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "did you mean softmax?" in error and not list(tmp_path.iterdir())
+def test_a_misspelt_policy_gets_one_line_with_the_nearest_name():
+    with pytest.raises(BadInput, match="did you mean softmax"):
+        router.main(["--policy", "softmaks"])
 
 
 def test_the_file_runs_without_triton(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "triton", None)             # import triton now raises ImportError
     monkeypatch.setattr(sys, "argv", ["router.py"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(router.__file__, run_name="__main__")
-    assert end.value.code == 0 and "no GPU here" in capsys.readouterr().out
+    runpy.run_path(router.__file__, run_name="__main__")
+    assert "softmax" in capsys.readouterr().out
     assert runpy.run_path(router.__file__)["triton"] is None

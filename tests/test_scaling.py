@@ -318,10 +318,10 @@ def test_a_held_out_column_is_honoured(tmp_path):
 
 
 def test_a_plan_becomes_a_config_that_the_trainer_accepts(tmp_path, capsys):
-    from train import load_config
+    from train import read_config
     config = tmp_path / "planned.py"
     best = result(tmp_path, "plan", "--flops", "1e20", "--gpu", "H100", "--gpus", 8, "--write", config)
-    loaded = load_config(str(config), {"device": "cpu"})
+    loaded = read_config(str(config), {"device": "cpu"})
     E, lean = best["n_expert"], best["n_active_without_embeddings"]
     assert (loaded.router, loaded.top_k, loaded.renormalize) == ("softmax", 1, False)    # see model_config
     assert (loaded.d_model, loaded.n_layer, loaded.n_expert) == (best["d_model"], best["d_model"] // 64, E)
@@ -335,12 +335,12 @@ def test_a_plan_becomes_a_config_that_the_trainer_accepts(tmp_path, capsys):
 
 
 def test_the_planned_steps_are_those_that_the_trainer_takes(tmp_path, capsys):
-    from train import load_config, total_steps
+    from train import read_config, total_steps
     config = tmp_path / "planned.py"
     for tokens in (3e8, 5.1e8, 1e9, 1.0002e9, 7.3e9):
         assert run("plan", "--flops", 6 * 1e8 * tokens, "--gpu", "A100-80", "--write", config) == 0
-        loaded = load_config(str(config), {"device": "cpu"})
-        longer = load_config(str(config), {"device": "cpu", "max_steps": loaded.max_steps + 9})
+        loaded = read_config(str(config), {"device": "cpu"})
+        longer = read_config(str(config), {"device": "cpu", "max_steps": loaded.max_steps + 9})
         assert loaded.max_steps == total_steps(loaded) == total_steps(longer)
 
 

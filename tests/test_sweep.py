@@ -69,7 +69,7 @@ def write(*runs: dict, **shared) -> None:
     Path("sweep.py").write_text("".join([*lines, f"runs = {list(runs)!r}\n"]))
 
 
-def finish(run: t.Run, loss: float) -> None:
+def finish(run: t.Trial, loss: float) -> None:
     """What a finished run leaves, without training it."""
     out = Path(run.config.out_dir)
     out.mkdir(parents=True)
@@ -146,13 +146,13 @@ def test_an_interrupted_sweep_saves_its_run_and_the_same_command_continues_it(co
     (lambda: 0, 0),
 ])
 def test_every_way_to_run_out_of_memory_is_one_exit_code(monkeypatch, capsys, error, code):
-    monkeypatch.setattr(t, "train", lambda config: error())
+    monkeypatch.setattr(t, "run", lambda config: error())
     assert t.train_alone(t.Config(device="cpu")) == code
     assert capsys.readouterr().err.count("\n") == (code == t.OUT_OF_MEMORY)
 
 
 def test_any_other_error_stays_an_error(monkeypatch):
-    monkeypatch.setattr(t, "train", lambda config: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(t, "run", lambda config: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         t.train_alone(t.Config(device="cpu"))
 
@@ -255,7 +255,7 @@ def test_a_mistake_in_a_sweep_is_one_line_before_anything_is_run(command, says, 
 def test_a_sweeps_options_are_refused_for_a_single_run_and_a_sweep_where_one_run_is_wanted(command):
     write(dict(name="a"))
     with pytest.raises(m.BadInput, match="is a sweep of several runs"):
-        t.load_config("sweep.py")
+        t.read_config("sweep.py")
     for option in ("--only=a", "--parallel=2", "--report", "--seeds=1,2"):
         code, _, err = command(option, config=ROOT / "configs" / "tiny.py")
         assert code == 2 and "one run" in err

@@ -97,13 +97,13 @@ def refused(command):
 
 
 def tiny(**changes) -> t.Config:
-    return t.load_config("tiny.py", changes)
+    return t.read_config("tiny.py", changes)
 
 
 def trained(**changes) -> dict:
     """Train in this process, without the command line, and return the checkpoint."""
     config = tiny(**changes)
-    assert t.train(config) == 0
+    assert t.run(config) == 0
     return checkpoint(config.out_dir)
 
 
@@ -233,19 +233,22 @@ def test_the_source_is_read_once_for_the_meanings_of_all_fields(monkeypatch):
     read, getsource = [], inspect.getsource
     monkeypatch.setattr(inspect, "getsource", lambda what: read.append(what) or getsource(what))
     t.parse_command_line(["tiny.py"])
-    assert len(read) <= 2
+    assert len(read) <= 3
 
 
 def test_the_command_line_says_the_same_as_a_file():
-    read = lambda *words: t.load_config("tiny.py", t.parse_command_line(["tiny.py", *words])[1])
+
+    def read(*words):
+        return t.read_config("tiny.py", t.parse_command_line(["tiny.py", *words])[1])
+
     assert asdict(read("--max_tokens=1e9")) == asdict(tiny(max_tokens=1_000_000_000))
     read = read("--compile", "--qk_norm=false", "--tie_embeddings", "False", "--max_steps", "7", "--rope_base=10000",
                 "--max_tokens=None", "--batch_tokens=[(0, 128), (1e3, 256)]")
     assert (read.compile, read.qk_norm, read.tie_embeddings, read.max_steps) == (True, False, False, 7)
     assert read.rope_base == 10_000.0 and isinstance(read.rope_base, float) and read.max_tokens is None
-    assert read.ramp() == [(0, 128), (1000, 256)]
-    assert tiny().ramp() == [(0, 128)], "without batch_tokens a step is one micro-batch"
-    assert tiny(batch_tokens=512).ramp() == [(0, 512)]
+    assert t.ramp(read) == [(0, 128), (1000, 256)]
+    assert t.ramp(tiny()) == [(0, 128)], "without batch_tokens a step is one micro-batch"
+    assert t.ramp(tiny(batch_tokens=512)) == [(0, 512)]
 
 
 def test_the_run_is_kept_under_the_config_files_name():
@@ -319,7 +322,7 @@ def test_a_single_file_gives_its_last_twentieth_to_validation_whatever_it_says(s
     Path("one.txt").write_text(text)
     config = tiny(dataset="one.txt")
     train, val = t.prepare(config, m.load_tokenizer("bytes"))
-    assert len(t.Blocks(train, 32, "train")) > 100 and len(t.Blocks(val, 32, "val")) > 5
+    assert len(t.Shards(train, 32)) > 100 and len(t.Shards(val, 32)) > 5
     whole = np.concatenate([*train, *val])
     assert decoded(whole) == [text]
 
@@ -545,13 +548,21 @@ def test_a_tokenizer_that_cannot_be_had_gets_its_one_line(refused, monkeypatch):
 # --- what step s is made of -----------------------------------------------------------------------------------------
 
 
-def batches(n_tokens: int = 32 * 10 + 1, **changes) -> t.Batches:
-    """Batches over 0, 1, 2, ...: the first token of a row divided by seq_len is the number of its block."""
-    config = tiny(**changes)
-    return t.Batches(t.Blocks([np.arange(n_tokens, dtype=np.uint16)], config.seq_len, "text"), config)
+class Given(t.Corpus):
+    """Steps over these tokens, which are for training and for validation."""
+
+    def __init__(self, config: t.Config, tokens: np.ndarray):
+        self.config = config
+        self.train = self.val = t.Shards([tokens], config.seq_len)
+        self.token_bytes = t.bytes_per_token(m.load_tokenizer("bytes"), config.vocab_size)
 
 
-def block_numbers(b: t.Batches, step: int) -> list[int]:
+def batches(n_tokens: int = 32 * 10 + 1, **changes) -> Given:
+    """Steps over 0, 1, 2, ...: the first token of a row divided by seq_len is the number of its window."""
+    return Given(tiny(**changes), np.arange(n_tokens, dtype=np.uint16))
+
+
+def block_numbers(b: t.Data, step: int) -> list[int]:
     return [int(row[0]) // 32 for x, _ in b.micro_batches(step) for row in x]
 
 
@@ -582,7 +593,7 @@ def test_accumulation_does_not_change_the_batches():
 
 def test_no_block_spans_two_shards_and_every_full_block_is_there():
     shards = [np.arange(0, 100), np.arange(100, 120), np.arange(200, 265)]            # 3, 0 and 2 blocks of 32
-    b = t.Blocks(shards, 32, "text")
+    b = t.Shards(shards, 32)
     ends = [(int(b[i][0]), int(b[i][-1])) for i in range(len(b))]
     assert ends == [(0, 32), (32, 64), (64, 96), (200, 232), (232, 264)]
 
@@ -614,7 +625,11 @@ def test_max_tokens_stops_at_the_first_step_that_reaches_it():
 
 def rates(steps, **changes) -> list[float]:
     config = tiny(**{"learning_rate": 1.0, "max_steps": 100} | changes)
-    return [t.learning_rate(config, step, t.total_steps(config)) for step in steps]
+    return [rate(config, step) for step in steps]
+
+
+def rate(config: t.Config, step: int) -> float:
+    return t.learning_rate(config, *t.position(config, step), t.position(config, t.total_steps(config))[0])
 
 
 def test_warmup_rises_in_equal_parts_and_the_first_step_is_not_lost():
@@ -639,7 +654,7 @@ def test_constant_stays_and_then_falls_in_a_line_by_hand():
 def test_the_schedule_counts_tokens_so_a_ramp_does_not_bend_it():
     """64 steps of 128 tokens, then 32 of 256: half of the tokens are passed after step 64 of 96."""
     config = tiny(learning_rate=1.0, warmup=0, max_steps=96, batch_tokens=[(0, 128), (64 * 128, 256)])
-    assert t.learning_rate(config, 64, 96) == pytest.approx(0.5)
+    assert rate(config, 64) == pytest.approx(0.5)
 
 
 def test_the_rates_that_are_logged_are_those_of_the_schedule():
@@ -684,8 +699,7 @@ def test_balance_and_z_losses_are_added_with_their_coefficients(monkeypatch):
     both, _ = gradients_of_the_first_step(monkeypatch, aux_coef=0.5, z_coef=0.25)
     config = tiny(aux_coef=0.5, z_coef=0.25)
     model = Model(config).init_weights(config.seed)
-    blocks = t.Blocks(t.prepare(config, m.load_tokenizer("bytes"))[0], 32, "text")
-    ((x, y),) = t.Batches(blocks, config).micro_batches(0)
+    ((x, y),) = t.Corpus(config).micro_batches(0)
     o = model(x, y)
     (0.5 * o.balance + 0.25 * o.z).backward()
     for i, p in enumerate(model.parameters()):
@@ -757,8 +771,8 @@ def poison(monkeypatch, steps, where: str = "gradient") -> dict[int, dict]:
             parameters[3].grad.view(-1)[5] = math.nan
         return clip(parameters, limit)
 
-    def bad_loss(self, x, y=None, cache=None):
-        o = forward(self, x, y, cache)
+    def bad_loss(self, x, y=None, *rest, **more):
+        o = forward(self, x, y, *rest, **more)
         bad = self.training and y is not None and len(calls) in steps and where == "loss"
         return o._replace(ce=o.ce * math.inf) if bad else o
 
@@ -855,14 +869,14 @@ def test_skipped_steps_are_still_counted_after_a_resume(monkeypatch, command):
 
 def interrupt_after(monkeypatch, step: int) -> None:
     """Send this process a SIGINT while it is inside this step; once."""
-    log_step, sent = t.Log.step, []
+    log_step, sent = t.Run.step, []
 
     def hook(self, now, *rest):
         if now == step and not sent:
             sent.append(os.kill(os.getpid(), signal.SIGINT))
         return log_step(self, now, *rest)
 
-    monkeypatch.setattr(t.Log, "step", hook)
+    monkeypatch.setattr(t.Run, "step", hook)
 
 
 def assert_same_run(out: str, reference: str) -> None:
@@ -953,7 +967,7 @@ def test_the_same_command_on_a_finished_run_says_so_and_touches_nothing(command)
 
 def test_a_run_killed_between_its_last_step_and_its_results_still_gets_them(monkeypatch, command, figures):
     with monkeypatch.context() as patch:
-        patch.setattr(t, "finish", lambda *_: sys.exit(9))
+        patch.setattr(t.Run, "end", lambda *_: sys.exit(9))
         assert command()[0] == 9
     code, _, _ = command()
     assert code == 0 and Path("out/tiny/result.json").is_file() and Path("out/tiny/loss.png").is_file()
@@ -1013,7 +1027,7 @@ def test_a_crash_while_a_checkpoint_is_written_leaves_the_old_one(monkeypatch, c
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(*(torch, "save", cut_short) if moment == "writing" else (Path, "replace", no_rename))
-        t.train(tiny())
+        t.run(tiny())
     assert checkpoint()["step"] == 5
     assert command()[0] == 0
     assert_same_run("out/tiny", "out/straight")
@@ -1088,21 +1102,20 @@ def test_neither_logging_nor_evaluation_nor_checkpoints_change_the_weights(comma
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
-def evaluation(model: Model, blocks: t.Blocks, **changes) -> tuple[float, float]:
+def evaluation(model: Model, tokens: np.ndarray, **changes) -> tuple[float, float]:
     config = tiny(**changes)
-    return t.evaluate(model, blocks, config, t.bytes_per_token(m.load_tokenizer("bytes"), config.vocab_size))
+    return t.evaluate(model, Given(config, tokens), config)
 
 
 @pytest.fixture
-def held_out() -> t.Blocks:
-    draw = np.random.default_rng(0)
-    return t.Blocks([draw.integers(0, 257, 32 * 20 + 1)], 32, "text")
+def held_out() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 257, 32 * 20 + 1)
 
 
 def test_validation_is_cross_entropy_alone_on_fixed_windows_by_hand(held_out):
     """64 tokens are two windows of 32; 20 blocks give blocks 0 and 10. End-of-text costs nats and holds no byte."""
     model = Model(tiny()).init_weights(1)
-    rows = torch.from_numpy(np.stack([held_out[0], held_out[10]]))
+    rows = torch.from_numpy(np.stack([held_out[:33], held_out[320:353]]))
     logits = model(rows[:, :-1]).logits.flatten(0, 1).double()
     nats = torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum").item()
     n_bytes = int((rows[:, 1:] < 256).sum())
