@@ -1,8 +1,10 @@
-"""scaling.py: the law, its tables, the optimum, the fit, the planner, the figures, and every kind of bad input."""
+"""scaling.py and results/law: the law, its lesson, the errata, the optimum, the fit, the planner, figures, bad input"""
 
 import csv
+import itertools
 import json
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 
 import scaling
-from scaling import EXPERTS, FORMS, Law, Runs, Surface, fit, many, optimum, paper_runs
+from scaling import EXPERTS, FORMS, Law, Runs, Surface, fit, law_size, many, optimum, paper_runs
 
 ROOT = Path(scaling.__file__).parent
+ERRATA = " ".join((ROOT / "results/law/errata.md").read_text().split())
+ALL = np.ones(11, bool)                                     # every coefficient is free
 
 
 def run(*args):
@@ -51,61 +55,32 @@ def chinchilla(n=240, seed=0) -> Runs:
     """Dense points of Chinchilla's published law; synthetic, for no public table travels with this project."""
     rng = np.random.default_rng(seed)
     N, D = 10 ** rng.uniform(7.6, 10.2, n), 10 ** rng.uniform(9, 11.5, n)
-    return Runs(N, D, np.ones(n), 406.4 * N**-0.34 + 410.7 * D**-0.28 + 1.69 + rng.normal(0, 0.01, n), np.ones(n))
+    L = 406.4 * N**-0.34 + 410.7 * D**-0.28 + 1.69 + rng.normal(0, 0.01, n)
+    return Runs(N, D, np.ones(n), L, np.ones(n))
 
 
-# --- the law and its tables -----------------------------------------------------------------------------------------
+# --- the law and its lesson -----------------------------------------------------------------------------------------
+
+POINTS = [(1e9, 2e10, 1, 2.5776000430), (1e9, 2e10, 8, 2.5087772821),
+          (7e9, 1e12, 1, 2.0942866025), (7e9, 1e12, 8, 2.0400730375)]
 
 
-@pytest.mark.parametrize("N, D, E, loss", [(1e9, 2e10, 1, 2.5776000430), (1e9, 2e10, 8, 2.5087772821),
-                                           (7e9, 1e12, 1, 2.0942866025), (7e9, 1e12, 8, 2.0400730375)])
+@pytest.mark.parametrize("N, D, E, loss", POINTS)
 def test_the_law_gives_the_unit_points(N, D, E, loss):
     assert Law().loss(N, D, E) == pytest.approx(loss, abs=1e-9)
 
 
-TABLE_3 = {                          # E: Ê, m, mu, n, nu
-    1: (2.073200, 30.399252, 0.181755, 53.843351, 0.196384), 2: (3.055617, 27.820844, 0.177954, 66.722507, 0.206430),
-    4: (5.000506, 24.859404, 0.173127, 87.608448, 0.219187), 8: (8.812370, 21.840457, 0.167574, 119.840309, 0.233862),
-    16: (16.138624, 19.020324, 0.161644, 167.452083, 0.249533),
-    32: (29.704220, 16.545369, 0.155665, 234.629339, 0.265334)}
-
-
-@pytest.mark.parametrize("E", TABLE_3)
-def test_table_3_follows_from_table_2_to_the_last_digit_computed(E):
-    assert np.allclose([Law().ehat(E), *Law().terms(E)], TABLE_3[E], rtol=0, atol=6e-7)
-
-
-def test_an_e_start_of_2_083_puts_all_24_cells_of_table_3_inside_the_rounding():
-    assert scaling.within_print(Law()) < 24
-    assert scaling.within_print(Law(e_start=2.083)) == 24
-
-
-TABLE_1 = [(1, 1e20, 1.726907e9, 9.651166e9, 2.589698), (1, 1e21, 5.709682e9, 2.919018e10, 2.350199),
-           (2, 5e20, 3.485395e9, 2.390929e10, 2.401908), (4, 1e20, 1.212659e9, 1.374391e10, 2.554046),
-           (8, 5e20, 2.528308e9, 3.296012e10, 2.359681), (8, 1e21, 3.786164e9, 4.401993e10, 2.294516),
-           (16, 1e20, 8.112890e8, 2.054344e10, 2.501335), (16, 1e21, 3.281337e9, 5.079231e10, 2.271322)]
-
-
-@pytest.mark.parametrize("E, flops, N, D, loss", TABLE_1)
-def test_table_1_follows_from_the_closed_form(E, flops, N, D, loss):
-    assert np.allclose(optimum(Law(), E, flops), (N, D, loss), rtol=4e-7)
-
-
-def test_the_printed_cells_of_table_1_are_met_within_the_stated_deviations():
-    off = np.array([[N / n / 1e9 - 1, D / d / 1e9 - 1] for E, row in scaling.TABLE_1.items()
-                    for F, (n, d) in zip((1e20, 5e20, 1e21), row) for N, D, _ in [optimum(Law(), E, F)]])
-    assert np.abs(off).max(0) == pytest.approx([0.0260, 0.0112], abs=1e-4)
-
-
-def test_the_run_list_obeys_both_counting_rules():
-    found = scaling.check_run_list()
-    assert (found["runs"], found["models"], found["models not d/64"]) == (270, 51, 8)
-    assert found["runs for each E"] == [73, 68, 61, 32, 18, 18]
-    assert found["worst N_total"] == found["worst N_active"] == 0
-
-
-def test_the_counting_rules_give_the_flop_matched_models_of_figure_1b():
-    assert [scaling.law_size(d, d // 64, E)[0] for d, E in ((1664, 1), (1152, 4))] == [1103142144, 1071307008]
+def test_the_lesson_is_a_program_of_at_most_150_lines_that_stands_alone(tmp_path):
+    lesson, mark, _ = (ROOT / "scaling.py").read_text().partition("\n# === Part 2: ")
+    assert mark and lesson.count("\n") <= 150
+    path = tmp_path / "lesson.py"
+    path.write_text(lesson)
+    names = runpy.run_path(str(path))
+    for N, D, E, loss in POINTS:
+        assert names["Law"]().loss(N, D, E) == pytest.approx(loss, abs=1e-9)
+    budget = {"flops": 1e21, "memory": 5e9, "kv_tokens": 32768, "inference_tokens": 1e9}
+    assert np.array_equal(names["optimum"](names["Law"](), EXPERTS, **budget),
+                          optimum(Law(), EXPERTS, **budget))
 
 
 def test_a_million_points_and_extremes_of_1e30_are_finite():
@@ -114,10 +89,154 @@ def test_a_million_points_and_extremes_of_1e30_are_finite():
     assert Law().loss(10**30, 10**30, 1) == pytest.approx(Law().c, abs=1e-3)
 
 
-def test_tables_prints_every_erratum_with_its_number(tmp_path, capsys):
+def test_the_law_needs_no_torch():
+    code = ("import sys, scaling; scaling.main(['optimum', '--flops', '1e21']); "
+            "sys.exit('torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0
+
+
+# --- the paper's tables, run list and errata ------------------------------------------------------------------------
+
+TABLE_3 = {                          # E: Ê, m, mu, n, nu from Table 2; then m, mu, n, nu as printed
+    1: (2.073200, 30.399252, 0.181755, 53.843351, 0.196384, 30.3640, 0.1817, 53.9838, 0.1965),
+    2: (3.055617, 27.820844, 0.177954, 66.722507, 0.206430, 27.7982, 0.1780, 66.8401, 0.2065),
+    4: (5.000506, 24.859404, 0.173127, 87.608448, 0.219187, 24.8462, 0.1731, 87.7022, 0.2192),
+    8: (8.812370, 21.840457, 0.167574, 119.840309, 0.233862, 21.8330, 0.1676, 119.9126, 0.2338),
+    16: (16.138624, 19.020324, 0.161644, 167.452083, 0.249533, 19.0159, 0.1617, 167.5073, 0.2494),
+    32: (29.704220, 16.545369, 0.155665, 234.629339, 0.265334, 16.5424, 0.1557, 234.6726, 0.2652)}
+TABLE_1 = {                          # N and D as printed at 1e20, 5e20 and 1e21 FLOPs, in units of 1e9
+    1: ((1.7, 9.7), (4, 21), (5.7, 29.3)), 2: ((1.5, 11.4), (3.5, 24), (5, 33)),
+    4: ((1.2, 13.9), (3, 28), (4.4, 38)), 8: ((0.99, 17), (2.5, 33.2), (3.8, 44.3)),
+    16: ((0.81, 20.7), (2.1, 39), (3.3, 51.2))}
+OPTIMA = [(1, 1e20, 1.726907e9, 9.651166e9, 2.589698), (1, 1e21, 5.709682e9, 2.919018e10, 2.350199),
+          (2, 5e20, 3.485395e9, 2.390929e10, 2.401908), (4, 1e20, 1.212659e9, 1.374391e10, 2.554046),
+          (8, 5e20, 2.528308e9, 3.296012e10, 2.359681), (8, 1e21, 3.786164e9, 4.401993e10, 2.294516),
+          (16, 1e20, 8.112890e8, 2.054344e10, 2.501335), (16, 1e21, 3.281337e9, 5.079231e10, 2.271322)]
+PRINTED = np.array(list(TABLE_3.values()))[:, 5:].T                                              # (4, E)
+LAST_DIGIT = np.array([1e-2, *[1e-4] * 3, 1e-2, *[1e-4] * 6])                   # of Table 2 as printed
+
+
+@pytest.mark.parametrize("E", TABLE_3)
+def test_table_3_follows_from_table_2_to_the_last_digit_computed(E):
+    computed = [Law().ehat(E), *Law().terms(E)[:4]]
+    assert np.allclose(computed, TABLE_3[E][:5], rtol=0, atol=6e-7)
+    pairs = (f"{ours:.4f} | {theirs:.4f}" for ours, theirs in zip(computed[1:], TABLE_3[E][5:]))
+    assert f"| {E} | {computed[0]:.4f} | {' | '.join(pairs)} |" in ERRATA
+
+
+@pytest.mark.parametrize("E, flops, N, D, loss", OPTIMA)
+def test_table_1_follows_from_the_closed_form(E, flops, N, D, loss):
+    assert np.allclose(optimum(Law(), E, flops), (N, D, loss), rtol=4e-7)
+
+
+def test_the_printed_cells_of_table_1_are_met_within_the_stated_deviations():
+    off = []
+    for E, row in TABLE_1.items():
+        for flops, (n, d) in zip((1e20, 5e20, 1e21), row):
+            N, D, L = optimum(Law(), E, flops)
+            off.append([N / n / 1e9 - 1, D / d / 1e9 - 1])
+            line = f"| {E} | {flops:.0e} | {N / 1e9:.3f}B | {n:g}B | {D / 1e9:.2f}B | {d:g}B | {L:.4f} |"
+            assert line.replace("e+", "e") in ERRATA
+    sizes, tokens = np.abs(off).max(0)
+    assert f"sizes are met within {sizes:.2%}, the printed tokens within {tokens:.2%}" in ERRATA
+
+
+def test_tables_prints_tables_1_and_3(tmp_path, capsys):
     saved = result(tmp_path, "tables")
-    assert len(saved["errata"]) == 8 and len(saved["table_1"]) == 15 and len(saved["table_3"]) == 6
-    assert "up to 371%" in capsys.readouterr().out
+    assert [[row[k] for k in scaling.TERMS[:4]] for row in saved["table_3"]] == [
+        pytest.approx(row[1:5], abs=6e-7) for row in TABLE_3.values()]
+    rows = {(row["E"], row["flops"]): (row["N"], row["D"], row["loss"]) for row in saved["table_1"]}
+    assert len(rows) == 15
+    for E, flops, *computed in OPTIMA:
+        assert rows[E, flops] == pytest.approx(computed, rel=4e-7)
+    shifted = result(tmp_path, "tables", "--e_start", "2.083")["table_3"][0]["n"]
+    assert shifted == pytest.approx(53.9838, abs=1e-3)
+    assert "30.399" in capsys.readouterr().out
+
+
+def test_the_run_list_obeys_both_counting_rules_and_d_64_but_for_8_models():
+    rows = scaling.read_table(scaling.RUN_LIST)
+    d, n, E, active, total = (
+        scaling.column(rows, k) for k in ("d_model", "n_layer", "n_expert", "n_active", "n_total"))
+    assert (law_size(d, n, E) == total).all() and (law_size(d, n) == active).all()
+    assert [(e == E).sum() for e in EXPERTS] == [73, 68, 61, 32, 18, 18]
+    models = set(zip(d, n, E))
+    assert sum(d != 64 * n for d, n, _ in models) == 8
+    assert f"lists {len(rows)} runs of {len(models)} models" in ERRATA
+    assert f"{len(rows)} runs of {len(models)} models" in " ".join(
+        (ROOT / "results/law/README.md").read_text().split())
+
+
+def test_the_counting_rules_give_the_flop_matched_models_of_figure_1b():
+    assert [law_size(d, d // 64, E) for d, E in ((1664, 1), (1152, 4))] == [1103142144, 1071307008]
+
+
+def test_erratum_1_the_printed_signs_miss_table_3_by_far():
+    law, E = Law(), EXPERTS
+    printed = (law.a * law.ehat(E)**law.delta, law.alpha + law.gamma * np.log(E),
+               law.b * law.ehat(E)**law.omega, law.beta + law.zeta * np.log(E))
+    worst, turned = (np.abs(np.array(terms) / PRINTED - 1).max() for terms in (printed, law.terms(E)[:4]))
+    assert f"by up to {worst:.0%}. With" in ERRATA and f"it is within {turned:.2%}." in ERRATA
+
+
+def within_print(law: Law) -> int:
+    """Cells of Table 3, of 24, that its own rounding and that of Table 2 allow."""
+    nudges = np.diag(LAST_DIGIT / 2)
+    nudged = many(np.concatenate([np.array(law) + nudges, np.array(law) - nudges]))
+    centre = np.array(law.terms(EXPERTS)[:4])
+    reach = np.abs(np.array(nudged.terms(EXPERTS)[:4]) - centre[:, None]).sum(1) / 2 + 5e-5
+    return (np.abs(centre - PRINTED) <= reach).sum()
+
+
+def test_erratum_2_an_e_start_of_2_083_puts_all_24_cells_inside_the_rounding():
+    law, shifted, runs = Law(), Law(e_start=2.083), paper_runs()
+    assert f"it, {within_print(law)} of the 24 cells" in ERRATA and within_print(shifted) == 24
+    assert shifted.ehat(1) == pytest.approx(law.ehat(1.01), abs=2e-4)           # E - 1 + 0.01 for E - 1
+    assert f"by at most {np.abs(runs.L - shifted.loss(*runs[:3])).max():.1e} nats" in ERRATA
+
+
+def test_errata_4_to_6_about_figures_and_the_optimal_size():
+    law = Law()
+    N, D, _ = optimum(law, 1, 1e21)
+    assert f"{D:.2e} tokens for {N:.2e} parameters, is D/N = {D / N:.2f}." in ERRATA
+    cache = [2 * 32768 * k * d / 1e9 for d, k in ((1664, 26), (1408, 22), (1152, 18))]
+    assert "would add {:.1f}B, {:.1f}B and {:.1f}B values".format(*cache) in ERRATA
+    m, mu, n, nu, _ = law.terms(EXPERTS)
+    log_G, power = np.log(mu * m / (nu * n)) / (mu + nu), nu / (mu + nu)        # N = G (F/6)^power
+    overtakes = 6 * np.exp(-np.diff(log_G) / np.diff(power))
+    assert "at {:.1e}, {:.1e}, {:.1e}, {:.1e} and {:.1e} FLOPs".format(*overtakes) in ERRATA
+    for E, flops in zip(EXPERTS, overtakes):
+        for factor, more in ((0.9, False), (1.1, True)):
+            N = optimum(law, np.array([E, 2 * E]), factor * flops)[0]
+            assert (N[1] > N[0]) == more
+
+
+def test_erratum_7_the_rule_of_thumb_holds_up_to_8_experts_at_a_price():
+    rows = scaling.rule_of_thumb(Law(), np.array([2, 4, 8]), np.geomspace(1e19, 1e24, 51))
+    for row in rows:
+        assert row["holds"] == 1 and 1.1 < row["cost"][0] < row["cost"][1] < row["n_expert"]
+    gains, costs = ([v for row in rows for v in row[key]] for key in ("gain", "cost"))
+    said = f"the gain is {min(gains):.3f} to {max(gains):.3f} nats, for {min(costs):.1f} to {max(costs):.1f} times"
+    assert said in ERRATA
+
+
+def test_erratum_8_the_rounding_of_table_2_alone_moves_the_crossovers():
+    rounding = np.array(Law()) + np.random.default_rng(0).uniform(-0.5, 0.5, (200, 11)) * LAST_DIGIT
+    flops, laws = np.geomspace(1e18, 1e26, 161), np.vstack([Law(), rounding])
+    crossed = [s for memory in (2e9, 5e9, 10e9)
+               for s in scaling.switches(laws, "flops", flops, memory=memory)]
+    widest = max(crossed, key=lambda s: s["interval"][1] / s["interval"][0])
+    assert f"from {widest['from']} to {widest['to']} experts at {widest['flops']:.2e} FLOPs" in ERRATA
+    assert "between {:.2e} and {:.2e} (90%)".format(*widest["interval"]) in ERRATA
+
+
+def test_the_two_readings_of_equation_7_differ_as_stated_at_width_512():
+    total = law_size(512, 8)
+    by_text, by_code = scaling.peak_rates(total - 2 * 512 * 50257, total, 1)
+    assert f"{by_text / by_code:.2f} times less at d = 512" in ERRATA
+    assert scaling.peak_rates(1e9, 1e9, 16)[0] == pytest.approx(
+        math.exp(8.39 - 0.81 * math.log(1e9) - 0.25 * math.log(16)))
 
 
 # --- the optimum ----------------------------------------------------------------------------------------------------
@@ -148,8 +267,8 @@ def test_the_optimum_is_no_worse_than_brute_force(E, inference):
 @pytest.mark.parametrize("kv", [0, 32768])
 def test_a_binding_memory_is_used_to_the_last_parameter(kv):
     N, D, _ = optimum(Law(), EXPERTS, 1e22, 2e9, kv)
-    d = scaling.width(13, N)
-    assert np.allclose(scaling.law_size(d, d / 64, EXPERTS)[0] + 2 * kv * d**2 / 64, 2e9, rtol=1e-10)
+    d = scaling.width(N)
+    assert np.allclose(law_size(d, d / 64, EXPERTS) + 2 * kv * d**2 / 64, 2e9, rtol=1e-10)
     assert np.allclose(6 * N * D, 1e22)
 
 
@@ -157,31 +276,47 @@ def test_ample_memory_changes_nothing():
     assert np.allclose(optimum(Law(), EXPERTS, 1e21, 1e13), optimum(Law(), EXPERTS, 1e21), rtol=1e-12)
 
 
+def paper_laws(count) -> np.ndarray:
+    return np.vstack([Law(), scaling.paper_replicas(count)])
+
+
 def test_the_best_number_of_experts_switches_where_two_losses_are_equal():
-    found = scaling.switches(Law(), scaling.paper_draws(40), "flops", np.geomspace(1e18, 1e26, 401), memory=5e9)
+    found = scaling.switches(paper_laws(40), "flops", np.geomspace(1e18, 1e26, 401), memory=5e9)
     assert [(s["from"], s["to"]) for s in found] == [(32, 16), (16, 8), (8, 4), (4, 2), (2, 1)]
     for s in found:
         losses = optimum(Law(), np.array([s["from"], s["to"]]), s["flops"], 5e9)[2]
         assert losses[0] == pytest.approx(losses[1], abs=1e-6)
         assert s["interval"][0] < s["flops"] < s["interval"][1]
-
-
-def test_the_rule_of_thumb_holds_up_to_8_experts_at_a_price():
-    for row in scaling.rule_of_thumb(Law(), np.array([2, 4, 8]), np.geomspace(1e19, 1e24, 31)):
-        assert row["holds"] == 1 and 1.1 < row["cost"][0] < row["cost"][1] < row["n_expert"]
-
-
-def test_optimum_writes_the_rows_it_prints(tmp_path):
-    saved = result(tmp_path, "optimum", "--flops", "1e21", "--memory", "5B", "--switches", "memory")
-    assert set(saved) == {"rows", "best", "switches"}
-    assert list(saved["rows"][0]) == ["n_expert", "n_active", "n_total", "tokens", "loss"]
-    assert saved["best"] == min(saved["rows"], key=lambda row: row["loss"])["n_expert"]
+        assert s["share_of_replicas"] == 1
 
 
 def test_a_switch_is_found_where_the_next_model_only_just_begins_to_fit():
     memory, cache = np.geomspace(1e8, 1e10, 4001), 1e6                # that cache needs 128M values, and more a block
-    found = scaling.switches(Law(), scaling.paper_draws(3), "memory", memory, flops=1e18, kv_tokens=cache)
+    found = scaling.switches(paper_laws(3), "memory", memory, flops=1e18, kv_tokens=cache)
     assert found and all(s["from"] != s["to"] for s in found)
+
+
+def test_a_replica_that_switches_twice_is_read_at_the_nearer_place(monkeypatch):
+    def wave(laws, E, flops, **budget):             # E = 1 and 2 take turns, in the replica 0.1 later
+        x = np.log(flops) - 0.1 * np.arange(2)[:, None]
+        loss = np.ones((2, 6, len(flops)))
+        loss[:, 0], loss[:, 1] = np.sin(x), 0
+        return None, None, loss
+    monkeypatch.setattr(scaling, "optimum", wave)
+    found = scaling.switches(paper_laws(1), "flops", np.geomspace(1e-4, 1e8, 4001))
+    assert len(found) > 5
+    assert np.allclose(np.diff([math.log(s["flops"]) for s in found]), math.pi, atol=0.01)
+    for s in found:
+        assert s["interval"] == pytest.approx([s["flops"] * math.exp(0.1)] * 2, rel=1e-3)
+
+
+def test_optimum_writes_the_rows_it_prints(tmp_path, capsys):
+    saved = result(tmp_path, "optimum", "--flops", "1e21", "--memory", "5B", "--switches", "memory", "--rule_of_thumb")
+    assert set(saved) == {"rows", "best", "switches", "rule_of_thumb"}
+    assert list(saved["rows"][0]) == ["n_expert", "n_active", "n_total", "tokens", "loss"]
+    assert saved["best"] == min(saved["rows"], key=lambda row: row["loss"])["n_expert"]
+    out = capsys.readouterr().out
+    assert all(f"{row['loss']:.5g}" in out and row["n_total"] <= 5e9 * (1 + 1e-9) for row in saved["rows"])
 
 
 def test_memory_in_bytes_is_memory_in_parameters_of_the_given_dtype(tmp_path):
@@ -196,18 +331,33 @@ def test_memory_in_bytes_is_memory_in_parameters_of_the_given_dtype(tmp_path):
 def test_the_jacobian_is_the_derivative():
     runs, step = noisy(), 1e-6
     surface = Surface(runs)
-    p = surface.project(scaling.random_starts(surface, Law(), np.arange(11), 4), runs.weight, np.arange(11))
-    J = surface(p, np.arange(11))[1]
-    for i in range(11):
-        h = step * np.eye(11)[i]
-        assert np.allclose(J[:, i], (surface(p + h, [0])[0] - surface(p - h, [0])[0]) / (2 * step), atol=1e-7)
+    p = surface.project(scaling.random_starts(surface, Law(), ALL), runs.weight)[:4]
+    value, J = surface.jacobian(p)
+    assert np.allclose(value, surface.parts(p)[0], rtol=1e-14)
+    for i, h in enumerate(step * np.eye(11)):
+        slope = (surface.parts(p + h)[0] - surface.parts(p - h)[0]) / (2 * step)
+        assert np.allclose(J[:, i], slope, atol=1e-7)
 
 
 def test_centring_is_invertible_and_describes_the_same_law():
     surface = Surface(paper_runs())
     p = surface.centred([Law()])
     assert np.allclose(surface.coefficients(p)[0], Law()[:11], rtol=1e-10)
-    assert np.allclose(surface(p, [0])[0][0], np.log(paper_runs().L), atol=1e-12)
+    assert np.allclose(surface.parts(p)[0][0], np.log(paper_runs().L), atol=1e-12)
+
+
+def test_projection_finds_the_scales_of_least_relative_error():
+    runs = paper_runs()
+    surface = Surface(runs)
+    p = surface.centred([Law()])
+    scales = [0, 4, 8]
+    spoilt = p + 3 * np.isin(np.arange(11), scales)
+    assert np.allclose(surface.project(spoilt, runs.weight), p, atol=1e-6)
+
+
+def test_huber_is_half_the_square_up_to_its_width_and_linear_beyond():
+    r, weight = np.array([[0.5, -0.5, 3.0, -3.0]]), np.array([[1.0, 2.0, 1.0, 2.0]])
+    assert scaling.huber(r, weight, 1.0) == pytest.approx(0.125 * 3 + 2.5 * 3)
 
 
 def test_a_fit_without_noise_returns_the_law():
@@ -215,19 +365,55 @@ def test_a_fit_without_noise_returns_the_law():
     assert np.abs(fitted.law.loss(*runs[:3]) - runs.L).max() < 1e-4
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_default_starts_reach_what_the_papers_grid_reaches(seed):
-    runs = noisy(seed)
-    usual = fit(runs)
-    grid = fit(runs, starts=lambda *a: scaling.paper_starts(*a, scales=False), delta=usual.delta)
+def paper_starts(surface, base, free) -> np.ndarray:
+    """The 729 choices of exponents in the paper's 3^9 starts; projection supplies a, b and c."""
+    exponents = itertools.product(*[(0.05, 0.25, 0.5)] * 2, *[(-0.5, 0, 0.5)] * 4)
+    return surface.centred([(100, alpha, delta, gamma, 100, beta, omega, zeta, 1, base.e_start, base.e_max)
+                            for alpha, beta, delta, gamma, omega, zeta in exponents])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_default_starts_reach_what_the_papers_grid_reaches(seed, monkeypatch):
+    usual = fit(noisy(seed))
+    monkeypatch.setattr(scaling, "random_starts", paper_starts)
+    grid = fit(noisy(seed), delta=usual.delta)
     assert usual.cost <= grid.cost * (1 + 1e-6)
-    assert usual.agree > 5 * grid.agree
+    assert usual.agree > 5 * grid.agree > 0
 
 
-def test_the_paper_grid_has_19683_starts_of_which_projection_leaves_729():
-    surface = Surface(paper_runs())
-    assert len(scaling.paper_starts(surface, Law(), np.arange(11))) == 19683
-    assert len(scaling.paper_starts(surface, Law(), np.arange(11), scales=False)) == 729
+def test_the_published_optimizer_from_the_papers_starts_does_not_beat_our_fit():
+    """torch.optim.LBFGS, uncentred, from a sample of the 19,683 starts; some leave the law's domain and end at nan."""
+    import torch
+    runs = noisy()
+    fitted = fit(runs)
+    x, y, E, target = (torch.tensor(v) for v in (np.log(runs.N), np.log(runs.D), runs.E, np.log(runs.L)))
+    loss = torch.nn.HuberLoss(reduction="sum", delta=fitted.delta)
+
+    def cost(p):
+        z = -torch.log(1 / (E - 1 + 1 / (torch.exp(-p[9]) - p[10])) + p[10])
+        first = p[0] - p[2] * z - (p[1] + p[3] * z) * x
+        second = p[4] - p[6] * z - (p[5] + p[7] * z) * y
+        return loss(torch.logsumexp(torch.stack([first, second, p[8] + 0 * z]), 0), target)
+
+    def coordinates(theta):
+        logs = np.log(np.take(theta, [0, 4, 8, 9]))
+        return torch.tensor([logs[0], *theta[1:4], logs[1], *theta[5:8], logs[2], logs[3], 1 / theta[10]])
+    assert cost(coordinates(fitted.law)).item() == pytest.approx(fitted.cost, rel=1e-6)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        alpha, beta = rng.choice([0.05, 0.25, 0.5], 2)
+        delta, gamma, omega, zeta = rng.choice([-0.5, 0, 0.5], 4)
+        (a, b), c = rng.choice([30, 100, 300], 2), rng.choice([0.5, 1, 2])
+        p = coordinates((a, alpha, delta, gamma, b, beta, omega, zeta, c, *Law()[9:])).requires_grad_()
+        optimizer = torch.optim.LBFGS([p], max_iter=300, line_search_fn="strong_wolfe")
+
+        def closure(p=p, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = cost(p)
+            value.backward()
+            return value
+        optimizer.step(closure)
+        assert not cost(p).item() < fitted.cost * (1 - 1e-6)
 
 
 def error(runs) -> float:
@@ -235,28 +421,41 @@ def error(runs) -> float:
     return scaling.rmse(fit(runs).law.loss(*truth[:3]) - truth.L)
 
 
-def test_a_fit_at_noise_0_006_is_within_0_002_of_the_noiseless_truth_on_average():
-    assert np.mean([error(noisy(seed)) for seed in range(20)]) < 0.002
+def test_a_fit_at_noise_0_006_is_near_the_truth_and_outliers_at_most_double_its_error():
+    clean = np.mean([error(noisy(seed)) for seed in range(10)])
+    assert clean < 0.002
+    assert np.mean([error(noisy(seed, outliers=0.03)) for seed in range(10)]) < 2 * clean
 
 
-def test_three_percent_of_outliers_at_most_double_the_error():
-    clean, spoilt = (np.mean([error(noisy(seed, outliers=share)) for seed in range(10)]) for share in (0.0, 0.03))
-    assert spoilt < 2 * clean
-
-
-def test_ninety_percent_intervals_cover_about_ninety_percent(tmp_path, capsys):
-    assert 0.8 < result(tmp_path, "simulate", "--draws", 12)["mean"]["cover"] < 0.97
+def test_ninety_percent_intervals_cover_about_ninety_percent_and_the_committed_fits_come_out_again(tmp_path, capsys):
+    saved = result(tmp_path, "simulate", "--draws", 12)
+    assert 0.8 < saved["mean"]["cover"] < 0.97
+    committed = json.loads((ROOT / "results/law/recovery.json").read_text())
+    for ours, theirs in zip(saved["draws"], committed["draws"]):
+        assert ours["rmse_train"] == pytest.approx(theirs["rmse_train"], rel=1e-3)
+        assert ours["rmse_holdout"] == pytest.approx(theirs["rmse_holdout"], rel=1e-3)
 
 
 def test_refitting_with_a_weight_of_two_is_refitting_with_the_run_twice():
     runs = noisy()
     fitted = fit(runs)
     twice = Runs(*(np.concatenate([field, field[:50]]) for field in runs))
-    weight = np.ones((1, 270))
-    weight[:, :50] = 2
+    weight = np.where(np.arange(270) < 50, 2.0, 1.0)
     one = many(scaling.refit(fitted, weight, fitted.surface.target))
     other = fit(twice, delta=fitted.delta).law
     assert np.allclose(one.loss(*runs[:3]), other.loss(*runs[:3]), atol=1e-5)
+
+
+def test_leaving_runs_out_is_fitting_without_them():
+    runs, half = noisy(), np.random.default_rng(0).permutation(270) % 2
+    fitted = fit(runs)
+    parts = [(runs.E > 0, fitted)]
+    one, every = scaling.predict(parts, runs, 1 - np.eye(270)[:1])[0], np.arange(270)
+    direct = fit(runs.take(every > 0), delta=fitted.delta).law.loss(*runs[:3])
+    assert np.allclose(one, direct, atol=1e-6) and not np.allclose(one, scaling.predict(parts, runs), atol=1e-6)
+    unseen = [fit(runs.take(half != k), delta=fitted.delta).law.loss(*runs[:3]) for k in (0, 1)]
+    assert scaling.held_out_rmse(parts, runs, 2) == pytest.approx(
+        scaling.rmse(np.where(half, unseen[1], unseen[0]) - runs.L), rel=1e-3)
 
 
 def test_held_out_runs_do_not_touch_the_fit():
@@ -294,7 +493,7 @@ def test_fit_reports_intervals_forms_pulls_and_what_is_not_identified(tmp_path, 
     assert "NOT IDENTIFIED" in next(line for line in out.splitlines() if line.split()[:1] == ["e_max"])
     assert {row["form"] for row in saved["forms"]} == set(FORMS)
     assert min(saved["forms"], key=lambda row: row["aic"])["form"] == "joint"
-    assert len(saved["runs"]) == 270 and all(run["pull"] >= 0 for run in saved["runs"])
+    assert len(saved["draws"]) == 200 and len(saved["runs"]) == 270 and all(run["pull"] >= 0 for run in saved["runs"])
     assert run("optimum", "--flops", "1e21", "--law", law) == 0
 
 
@@ -302,16 +501,21 @@ def test_fit_reads_results_of_training_runs_from_a_folder(tmp_path):
     runs = noisy(2)
     for i in range(0, 270, 3):
         (tmp_path / f"r{i}").mkdir()
-        row = dict(zip(("n_active", "tokens", "n_expert", "loss"), (float(v[i]) for v in runs)), name=f"r{i}")
+        row = dict(zip(scaling.COLUMNS, (float(v[i]) for v in runs)), name=f"r{i}")
         (tmp_path / f"r{i}" / "result.json").write_text(json.dumps(row))
     saved = result(tmp_path, "fit", tmp_path, "--bootstrap", 50, "--holdout", "compute:10", "--e_max", "290")
     assert len(saved["runs"]) == 90 and saved["law"]["e_max"] == 290
 
 
-def test_a_held_out_column_is_honoured(tmp_path):
-    path = save(tmp_path / "runs.csv", noisy(1), held=(np.arange(270) % 9 == 0).astype(int))
-    runs, rows = scaling.read_runs([str(path)], None)
-    assert (scaling.hold_out(runs, "column:held", rows).weight == 0).sum() == 30
+def test_each_rule_holds_out_the_runs_it_names():
+    runs = noisy(1)
+    rows = [{"held": "1" if i % 9 == 0 else "False"} for i in range(270)]
+    column = scaling.hold_out(runs, "column:held", rows)
+    assert np.array_equal(column.weight == 0, np.arange(270) % 9 == 0)
+    lowest, largest = (scaling.hold_out(runs, rule).weight == 0 for rule in ("loss:30", "compute:30"))
+    assert lowest.sum() == 30 and runs.L[lowest].max() <= runs.L[~lowest].min()
+    compute = runs.N * runs.D
+    assert largest.sum() == 30 and compute[largest].min() >= compute[~largest].max()
 
 
 # --- the planner and the figures ------------------------------------------------------------------------------------
@@ -330,8 +534,26 @@ def test_a_plan_becomes_a_config_that_the_trainer_accepts(tmp_path, capsys):
     assert best["n_total"] == pytest.approx(best["n_total_with_router_and_norms"], rel=1e-3)
     assert best["interval"][0] < best["loss"] < best["interval"][1]
     assert best["loss"] == pytest.approx(float(Law().loss(best["n_active"], best["tokens"], E)))
-    assert best["learning_rate"] == pytest.approx(math.exp(8.39 - 0.81 * math.log(lean) - 0.25 * math.log(E)))
+    assert [best["learning_rate"], best["learning_rate_authors_code"]] == pytest.approx(
+        scaling.peak_rates(lean, best["n_active"], E))
+    assert loaded.learning_rate == pytest.approx(best["learning_rate"], rel=1e-3)
     assert sum(row["chance_best"] for row in best["rows"]) == pytest.approx(1)
+
+
+def test_a_planned_shape_is_the_best_of_those_that_fit(tmp_path):
+    from model import memory
+    rows = result(tmp_path, "plan", "--flops", "1e21", "--gpu", "A100-40", "--context", 4096)["rows"]
+    laws, least = many(scaling.chosen_law(None)[0]), []
+    for row in rows:
+        E, d = row["n_expert"], 64 * np.arange(1, row["d_model"] // 64 + 12)
+        total, active = law_size(d, d // 64, E), law_size(d, d // 64)
+        fits = 2 * (total + 2 * 4096 * d**2 / 64) <= 40e9
+        fits &= [memory(scaling.model_config(int(v), E), 1, "bfloat16")["total"] <= 40e9 for v in d]
+        loss = np.where(fits, laws.loss(active, 1e21 / (6 * active), E), np.inf)
+        assert d[loss[0].argmin()] == row["d_model"] and loss[0].min() == pytest.approx(row["loss"])
+        least.append(loss[1:].min(1))
+    winner = np.argmin(least, axis=0)
+    assert [row["chance_best"] for row in rows] == pytest.approx([np.mean(winner == k) for k in range(len(rows))])
 
 
 def test_the_planned_steps_are_those_that_the_trainer_takes(tmp_path, capsys):
@@ -353,23 +575,23 @@ def test_a_plan_says_how_far_it_goes_beyond_the_runs_of_its_own_law(tmp_path, ca
     assert beyond["flops"] == pytest.approx(1e20 / (6 * runs.N * runs.D).max(), rel=1e-6)
 
 
-def test_the_two_readings_of_equation_7_differ_by_about_2_4_at_width_512():
-    total = scaling.law_size(512, 8, 1)[1]
-    lean = total - 2 * 512 * 50257
-    text, code = 8.39 - 0.81 * math.log(lean), 8.391640956 - 0.8121798245 * math.log(total)
-    assert math.exp(text - code) == pytest.approx(2.4, abs=0.1)
+def close(ours, theirs) -> bool:
+    """Equal shapes and names; numbers to 1%, and of those that jump (a best E) all but 1% of a list."""
+    if isinstance(theirs, dict):
+        return list(ours) == list(theirs) and all(close(ours[key], theirs[key]) for key in theirs)
+    if isinstance(theirs, list):
+        return np.mean(~np.isclose(ours, theirs, rtol=0.01)) <= 0.01 and np.shape(ours) == np.shape(theirs)
+    return ours == theirs
 
 
-def test_every_figure_comes_with_its_data(tmp_path):
-    assert run("figures", "--out", tmp_path) == 0
+def test_every_figure_comes_with_the_data_that_is_committed_beside_it(tmp_path):
+    done = subprocess.run([sys.executable, "results/law/draw.py", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for name in ("1a", "1b", "2", "3", "5", "6"):
         assert (tmp_path / f"figure_{name}.png").stat().st_size > 10_000
-        assert json.loads((tmp_path / f"figure_{name}.json").read_text())["shows"]
-
-
-def test_the_law_needs_no_torch():
-    code = "import sys, scaling; scaling.main(['optimum', '--flops', '1e21']); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+        ours, theirs = (json.loads((folder / f"figure_{name}.json").read_text())
+                        for folder in (tmp_path, ROOT / "results" / "law"))
+        assert theirs["shows"] and close(ours, theirs), name
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -384,7 +606,7 @@ def test_quantities_are_read_as_people_write_them(text, value):
 
 @pytest.mark.parametrize("bad", ["-1", "0", "nan", "inf", "abc", "", "80G", "1e400", "5 apples"])
 def test_what_is_no_quantity_is_refused(bad, capsys):
-    fails(capsys, "optimum", f"--flops={bad}")
+    assert "--flops" in fails(capsys, "optimum", f"--flops={bad}")
 
 
 @pytest.mark.parametrize("row, said", [
