@@ -92,17 +92,17 @@ def attend(x: Tensor, w: "Attention", rope: tuple[Tensor, Tensor], cache: "Cache
     return OPS.linear(y.transpose(1, 2).flatten(2), w.out.weight)
 
 
-def feed_forward(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """W_out (silu(gate) * up), (gate, up) = W_in x, of a dense layer or of one expert: x (n, D) -> (n, D)."""
-    gate, up = OPS.linear(x, w_in).chunk(2, -1)
-    return OPS.linear(F.silu(gate) * up, w_out)
-
-
 def experts(x: Tensor, routing: Routing, w: "MoE") -> Tensor:
-    """y[n] = sum_k weight[n, k] * expert_e(x[n]), e the k-th expert of token n: x (N, D) -> (N, D)."""
-    blocks = x[routing.token].split(routing.counts.tolist())                     # in expert order, (R, D) together
-    rows = [feed_forward(block, w_in, w_out) for block, (w_in, w_out) in zip(blocks, w.pairs())]
-    rows = torch.cat(rows)[routing.slot]                                         # in token order, (N, K, D)
+    """y[n] = sum_k weight[n, k] * W_out[e] (silu(gate) * up), (gate, up) = W_in[e] x[n], e the k-th expert of token n.
+    x (N, D) -> (N, D). The rows of a token are copies of it in expert order; each expert multiplies its block."""
+    blocks = x[routing.token].split(routing.counts.tolist())                     # E blocks, (R, D) together
+    w_in = [matrix for width in w.w_in for matrix in width]                      # E matrices, (2F, D)
+    w_out = [matrix for width in w.w_out for matrix in width]                    # E matrices, (D, F)
+    rows = []
+    for e in range(len(blocks)):
+        gate, up = (blocks[e] @ w_in[e].T).chunk(2, -1)
+        rows.append((F.silu(gate) * up) @ w_out[e].T)
+    rows = torch.cat(rows)[routing.slot]                                         # back to their tokens, (N, K, D)
     return (rows * routing.weights.unsqueeze(-1).to(rows.dtype)).sum(1)
 
 
@@ -137,18 +137,18 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(start: int | Tensor, length: int, config: ModelConfig, device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2i / d_head), (T, d_head / 2) float32 each, for T positions from start."""
+    """cos and -+sin of position * base^(-2i / d_head), (T, d_head) float32 each, for T positions from start."""
     i = torch.arange(0, config.d_head, 2, device=device, dtype=torch.float32)
     position = start + torch.arange(length, device=device, dtype=torch.float32)
-    angle = position[:, None] * config.rope_base ** (-i / config.d_head)
-    return angle.cos(), angle.sin()
+    angle = position[:, None] * config.rope_base ** (-i / config.d_head)             # (T, d_head / 2)
+    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (x_i, x_{i + d_head/2}) of x (B, H, T, d_head) by its angle: q.k then sees only the distance."""
-    cos, sin = (table.to(x.dtype) for table in rope)
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    cos, sin = rope[0].to(x.dtype), rope[1].to(x.dtype)
+    other = x.roll(x.shape[-1] // 2, -1)                                         # the other one of each pair
+    return torch.addcmul(x * cos, other, sin)
 
 
 class Cache:
@@ -190,12 +190,12 @@ class Attention(nn.Module):
         """x (B, T, D) -> queries (B, H, T, d_head) and keys, turned to their positions, and values, (B, H_kv, ...)."""
         qkv = OPS.linear(x, self.qkv.weight).unflatten(-1, (-1, self.config.d_head))
         q, k, v = qkv.split(self.heads, 2)                                       # (B, T, H or H_kv, d_head)
-        q, k, v = (t.transpose(1, 2) for t in (self.q_norm(q), self.k_norm(k), v))
-        return rotate(q, rope), rotate(k, rope), v
+        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
+        return rotate(q, rope), rotate(k, rope), v.transpose(1, 2)
 
 
 class Dense(nn.Module):
-    """The feed-forward without experts."""
+    """The feed-forward without experts: w_out (silu(gate) * up), (gate, up) = w_in x."""
 
     def __init__(self, d_model: int, width: int):
         super().__init__()
@@ -203,7 +203,8 @@ class Dense(nn.Module):
         self.w_out = nn.Parameter(torch.empty(d_model, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return feed_forward(x, self.w_in, self.w_out)
+        gate, up = OPS.linear(x, self.w_in).chunk(2, -1)
+        return OPS.linear(F.silu(gate) * up, self.w_out)
 
 
 class MoE(nn.Module):
@@ -224,11 +225,6 @@ class MoE(nn.Module):
         self.register_buffer("bias", torch.zeros(E) if config.bias_rate else None)
         self.register_buffer("load", torch.zeros(E, dtype=torch.int64) if counted else None, persistent=False)
         self.config = config
-
-    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """W_in (2F, D) and W_out (D, F) of each expert."""
-        for w_in, w_out in zip(self.w_in, self.w_out):
-            yield from zip(w_in, w_out)
 
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Routing]:
         """x (B, T, D); ids (B, T) are the tokens themselves, for routers that look at them."""
@@ -314,8 +310,9 @@ class Model(nn.Module):
         if targets is None:
             return Output(OPS.linear(x[:, -1:] if last else x, self.head_weight), None, None, None, stats)
         ce = OPS.loss(x.flatten(0, 1), self.head_weight, targets.flatten())
-        zero = [ce.new_zeros(())]
-        balance, z = (torch.stack([r.losses[n] for r in routings] or zero).mean() for n in ("balance", "z"))
+        none = [ce.new_zeros(())]
+        balance = torch.stack([r.losses["balance"] for r in routings] or none).mean()
+        z = torch.stack([r.losses["z"] for r in routings] or none).mean()
         return Output(None, ce, balance, z, stats)
 
     def end_step(self, skipped: Tensor) -> None:
@@ -547,14 +544,14 @@ class Experts(torch.autograd.Function):
     def forward(ctx, x, weights, token, slot, offsets, recompute, *matrices):
         weight = x.new_empty(len(token), 1)                                      # of each row
         weight[slot.flatten()] = weights.view(-1, 1).to(x.dtype)
-        y, kept = [], []
+        y, kept = x.new_empty(len(token), x.shape[1]), []
         for p in pieces(x, token, slot, offsets, matrices):
             h = product(p, take(p, x), p.w_in)                                   # (rows, 2F)
-            y.append(product(p, swiglu(h, weight[p.rows]), p.w_out)[:p.n])
+            y = put(p, product(p, swiglu(h, weight[p.rows]), p.w_out), y)
             kept += [] if recompute else [h]
         ctx.save_for_backward(x, weight, token, slot, offsets, *matrices, *kept)
         ctx.n_matrix = len(matrices)
-        return combine(joined(y), slot)                                          # (N, D)
+        return combine(y, slot)                                                  # (N, D)
 
     @staticmethod
     @once_differentiable
@@ -562,7 +559,8 @@ class Experts(torch.autograd.Function):
         x, weight, token, slot, offsets, *rest = ctx.saved_tensors
         matrices, kept = rest[:ctx.n_matrix], rest[ctx.n_matrix:]
         dmatrices = [torch.empty_like(w) for w in matrices]
-        dx, dweight, dy = [], torch.empty_like(weight[:, 0]), dy.to(x.dtype)
+        dx, dweight = x.new_empty(len(token), x.shape[1]), torch.empty_like(weight[:, 0])
+        dy = dy.to(x.dtype)
         for i, p in enumerate(pieces(x, token, slot, offsets, matrices, dmatrices)):
             x_p, dy_p = take(p, x), take(p, dy)
             dy_p[p.n:] = 0                                         # the next experts' rows, if finite, add nothing here
@@ -570,8 +568,8 @@ class Experts(torch.autograd.Function):
             dh, a, dweight[p.rows] = swiglu_backward(h, product(p, dy_p, p.w_out.mT), weight[p.rows])
             outer(p, dh, x_p, p.dw_in)
             outer(p, dy_p, a, p.dw_out)
-            dx.append(product(p, dh, p.w_in.mT)[:p.n])
-        return combine(joined(dx), slot), dweight.float()[slot], None, None, None, None, *dmatrices
+            dx = put(p, product(p, dh, p.w_in.mT), dx)
+        return combine(dx, slot), dweight.float()[slot], None, None, None, None, *dmatrices
 
 
 class Piece(NamedTuple):
@@ -644,8 +642,12 @@ def outer(p: Piece, b: Tensor, a: Tensor, out: Tensor) -> None:
         out.copy_(F.grouped_mm(b.t(), a, offs=p.offs))
 
 
-def joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def put(p: Piece, rows: Tensor, where: Tensor) -> Tensor:
+    """All rows (R, D), with those of a piece in their place."""
+    if p.slot is not None:
+        return rows
+    where[p.rows][:p.n] = rows[:p.n]
+    return where
 
 
 def swiglu(h: Tensor, weight: Tensor) -> Tensor:

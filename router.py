@@ -235,19 +235,12 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def preference(logits: Tensor, score: Callable, config: RouterConfig, context: Context) -> Tensor:
-    """The numbers (N, E) whose K largest are chosen; the weights do not see them. They are the logits, with noise if
-    there is any; with a selection bias score(logits, -1) + bias. (A score keeps the order of the logits, but its
-    rounding can make two of them equal.)"""
-    logits = noisy(logits, config, context)
-    return logits if context.bias is None else score(logits, -1) + context.bias
-
-
-def noisy(logits: Tensor, config: RouterConfig, context: Context) -> Tensor:
-    """The logits with Gaussian noise while training, so that all experts are tried (Shazeer 2017, eq. 4, where its
-    std is learnt; here it is a setting)."""
+    """The numbers (N, E) whose K largest are chosen; the weights do not see them. They are the logits, in training with
+    Gaussian noise so that all experts are tried (Shazeer 2017, eq. 4, where its std is learnt; here it is a setting).
+    With a selection bias they are score(logits, -1) + bias. (A score keeps the order, but its rounding makes ties.)"""
     if context.training and config.router_noise > 0:
-        return logits + config.router_noise * torch.randn_like(logits)
-    return logits
+        logits = logits + config.router_noise * torch.randn_like(logits)
+    return logits if context.bias is None else score(logits, -1) + context.bias
 
 
 @torch.no_grad()
@@ -329,7 +322,7 @@ def top_p(logits: Tensor, config: RouterConfig, context: Context) -> Choice:
     A sure token visits one expert, an unsure one several. Slots behind the m-th are unused. Experts a token, on
     average: K times the sum of stats["load"].
     """
-    chosen_by = noisy(logits, config, context)
+    chosen_by = preference(logits, torch.softmax, config, context)
     experts = top_k(chosen_by, config.top_k)
     p = chosen_by.softmax(-1).gather(1, experts)                                  # (N, K), descending
     used = p.cumsum(-1) - p < config.top_p                                        # not reached before this one
@@ -351,7 +344,8 @@ def expert_choice(logits: Tensor, config: RouterConfig, context: Context) -> Cho
     assert config.capacity_factor is config.eval_capacity_factor is None, "expert choice has a capacity of its own"
     n, n_expert = logits.shape
     probs = logits.softmax(-1)
-    order = noisy(logits, config, context).softmax(-1).argsort(dim=0, descending=True, stable=True)   # (N, E)
+    chosen_by = preference(logits, torch.softmax, config, context).softmax(-1)
+    order = chosen_by.argsort(dim=0, descending=True, stable=True)                # (N, E), each expert's tokens
     capacity = math.ceil(n * config.top_k / n_expert)
     taken = torch.zeros_like(probs).scatter_(0, order[:capacity], 1.0)            # (N, E) 1 where e takes the token
     experts = top_k(taken + probs, min(n_expert, 2 * config.top_k))               # taken ones first
