@@ -325,12 +325,14 @@ class Model(nn.Module):
     def init_weights(self, seed: int) -> "Model":
         """Fill every parameter by init_std, in order, from one seeded generator: the same weights on every device."""
         generator = torch.Generator().manual_seed(seed)
+        cut = math.erf(math.sqrt(2))                            # the share of a normal within two deviations
         for name, p in self.named_parameters():
             std = init_std(name, p, self.config)
             if std is None:
-                nn.init.ones_(p)
-            else:
-                p.copy_(nn.init.trunc_normal_(torch.empty(p.shape), 0, std, -2 * std, 2 * std, generator=generator))
+                p.fill_(1)
+            else:                                               # of a uniform u, erfinv(u) sqrt(2) is a unit normal
+                u = torch.empty(p.shape).uniform_(-cut, cut, generator=generator)
+                p.copy_(u.erfinv_().mul_(std * math.sqrt(2)))
         return self
 
 
