@@ -6,14 +6,14 @@ the GPT-2 you may know from nanoGPT:
     RMSNorm without bias before each part, and over each head's queries and keys   (Qwen3)
     rotary positions (base 1,000,000) instead of learnt ones                       (Su 2021)
     grouped-query attention: several query heads share one key/value head          (Ainslie 2023)
-    a SwiGLU feed-forward, silu(x W_gate) * (x W_up) W_down, no bias anywhere       (Shazeer 2020)
+    a SwiGLU feed-forward, (silu(gate) * up) W_out, (gate, up) = x W_in, no bias    (Shazeer 2020)
     not one feed-forward but E of them, of which each token visits K               (Shazeer 2017)
 
 Part 1 is the lesson: the whole model in plain PyTorch. Part 2 is the same, faster. Part 3 is what a user needs
 beside it: memory, Hugging Face checkpoints in and out, tokenizers, and `python model.py out/tiny --prompt "def "`.
 
-Axes: B batch, T sequence, N = B * T tokens, D d_model, H heads, E experts, K experts a token visits (top-k),
-F width of one expert, R = N * K routed rows, V vocabulary.
+Axes: B batch, T sequence, N = B * T tokens, D d_model, H query heads, H_kv key/value heads, E experts, K experts a
+token visits (top-k), F width of one expert, R = N * K routed rows, V vocabulary, L layers.
 """
 
 import math
@@ -41,7 +41,7 @@ class ModelConfig(RouterConfig):
     n_kv_head: int = 4            # key/value heads, each shared by n_head / n_kv_head query heads
     d_head: int = 32              # width of a head (even: rotary positions turn pairs)
     n_expert: int = 16            # E, experts a layer; 1 is a dense feed-forward without router
-    d_expert: int = 192           # F, hidden width of one expert (of the feed-forward when n_expert = 1)
+    d_expert: int = 192           # F, hidden width of one expert (n_expert = 1: of the feed-forward, with top_k = 1)
     expert_groups: list | None = None  # [(experts, width), ...]: widths mixed in a layer; sets n_expert
     d_shared: int = 0             # width of a shared expert that every token visits; 0: none
     shared_gate: bool = False     # the shared expert's output is scaled by a sigmoid of the token
@@ -83,8 +83,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def attend(x: Tensor, w: "Attention", rope: tuple[Tensor, Tensor], cache: "Cache | None") -> Tensor:
-    """softmax(q k^T / sqrt(d_head)) v, each token over itself and those before it: x (B, T, D) -> (B, T, D)."""
-    q, k, v = w.project(x, rope)
+    """W_out softmax(q k^T / sqrt(d_head)) v, each token over itself and those before it: x (B, T, D) -> (B, T, D)."""
+    q, k, v = w.project(x, rope)                                                 # (B, H or H_kv, T, d_head)
     mask = None
     if cache is not None:
         k, v, mask = cache.append(w.layer, k, v)
@@ -96,8 +96,8 @@ def experts(x: Tensor, routing: Routing, w: "MoE") -> Tensor:
     """y[n] = sum_k weight[n, k] * W_out[e] (silu(gate) * up), (gate, up) = W_in[e] x[n], e the k-th expert of token n.
     x (N, D) -> (N, D). The rows of a token are copies of it in expert order; each expert multiplies its block."""
     blocks = x[routing.token].split(routing.counts.tolist())                     # E blocks, (R, D) together
-    w_in = [matrix for width in w.w_in for matrix in width]                      # E matrices, (2F, D)
-    w_out = [matrix for width in w.w_out for matrix in width]                    # E matrices, (D, F)
+    w_in = [matrix for group in w.w_in for matrix in group]                      # E matrices, (2F, D)
+    w_out = [matrix for group in w.w_out for matrix in group]                    # E matrices, (D, F)
     rows = []
     for e in range(len(blocks)):
         gate, up = (blocks[e] @ w_in[e].T).chunk(2, -1)
@@ -123,7 +123,7 @@ class Ops(NamedTuple):
 
 
 PLAIN = Ops(route, rms_norm, linear, attend, experts, loss)
-OPS = PLAIN                       # the one place: the last line of Part 2 puts the fast ones here
+OPS = PLAIN                       # every call goes through this; the last line of Part 2 puts the fast ones here
 
 
 class RMSNorm(nn.Module):
@@ -137,10 +137,10 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(start: int | Tensor, length: int, config: ModelConfig, device) -> tuple[Tensor, Tensor]:
-    """cos and -+sin of position * base^(-2i / d_head), (T, d_head) float32 each, for T positions from start."""
-    i = torch.arange(0, config.d_head, 2, device=device, dtype=torch.float32)
+    """(cos, cos) and (-sin, sin) of position * base^(-2i / d_head), (T, d_head) float32 each, T = length positions."""
+    two_i = torch.arange(0, config.d_head, 2, device=device, dtype=torch.float32)
     position = start + torch.arange(length, device=device, dtype=torch.float32)
-    angle = position[:, None] * config.rope_base ** (-i / config.d_head)             # (T, d_head / 2)
+    angle = position[:, None] * config.rope_base ** (-two_i / config.d_head)         # (T, d_head / 2)
     return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
 
 
@@ -152,7 +152,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the tokens read so far, a (B, H_kv, length, d_head) tensor a layer: a token costs one step."""
+    """Keys and values of the tokens read so far, a (B, H_kv, length, d_head) tensor a layer, not to be read again."""
 
     def __init__(self, config: ModelConfig, batch: int, length: int, device, dtype):
         assert length <= config.max_seq_len, f"{length} positions, and max_seq_len is {config.max_seq_len}"
@@ -214,7 +214,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, D = config.n_expert, config.d_model
-        self.gate = nn.Parameter(torch.empty(E, D))
+        self.gate = nn.Parameter(torch.empty(E, D))                              # the router: a row an expert
         self.w_in = nn.ParameterList(torch.empty(n, 2 * width, D) for n, width in config.widths)   # gate, then up rows
         self.w_out = nn.ParameterList(torch.empty(n, D, width) for n, width in config.widths)
         if config.d_shared:
@@ -337,12 +337,12 @@ class Model(nn.Module):
 
 
 def init_std(name: str, p: Tensor, config: ModelConfig) -> float | None:
-    """Standard deviation a parameter starts with; None: it starts at one.
+    """Standard deviation, before the cut, of what a parameter starts with; None: it starts at one.
 
     norm weights                              1
     embed, head, attn.qkv, gates, every w_in  sqrt(init_scale / D)
     attn.out, every w_out                     sqrt(init_scale / fan_in) / sqrt(2 L)
-    Normal, cut at two deviations, variance a fraction of 1 / fan_in (Switch 2021: 0.1 is steady when sparse). The two
+    Normal, cut at two deviations, variance a fraction of 1 / fan_in (Fedus 2021: 0.1 is steady when sparse). The two
     that write to the residual stream shrink with depth, so that its variance does not grow with it (GPT-2).
     """
     if p.dim() == 1:
@@ -381,7 +381,8 @@ def generate(model: Model, prompt: Tensor, n_token: int, temperature: float = 0.
              n_vocab: int | None = None, step: Callable[..., Tensor] = next_logits) -> Iterator[Tensor]:
     """Yield n_token times the next token (B,) of each row of a prompt (B, T), drawn from the top_k likeliest.
 
-    Ids from n_vocab on (padding of the vocabulary) are never drawn. step may be a faster one: Part 2's Decoder.
+    The model is in eval mode. Ids from n_vocab on (padding of the vocabulary) are never drawn. step may be a faster
+    one: Part 2's Decoder.
     """
     weight, tokens = model.embed.weight, prompt
     cache = Cache(model.config, len(prompt), prompt.shape[1] + n_token, weight.device, weight.dtype)
@@ -880,7 +881,6 @@ OPS = FAST
 import base64
 import codecs
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -976,6 +976,17 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
     parts = {"weights": 4 * params, "gradients": 4 * params, "optimizer": 8 * params,
              "activations": tokens * (kept + working), "logits": logits}
     return parts | {"total": sum(parts.values())}
+
+
+def peak_rates(body: float, active: float, n_expert: int) -> tuple[float, float]:
+    """Peak learning rate exp(8.39 - 0.81 ln N - 0.25 ln E), eq. 7 of "Joint MoE Scaling Laws" (2025), in two readings.
+
+    By the text N are the active parameters without embedding and head, `body`; the authors' public code passes all of
+    them, `active`, and has more digits. At d_model = 512 the readings differ 2.45-fold.
+    """
+    by_text = 8.39 - 0.81 * math.log(body)
+    by_code = 8.391640956 - 0.8121798245 * math.log(active)
+    return math.exp(by_text) / n_expert**0.25, math.exp(by_code) / n_expert**0.25
 
 
 class Card(NamedTuple):
@@ -1207,57 +1218,6 @@ def load_tokenizer(name: str):
                        "folder TIKTOKEN_CACHE_DIR names, or use tokenizer = 'bytes', which needs none") from None
 
 
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def hf_tokenizer(folder: Path):
-    """The tiktoken.Encoding in a folder's tokenizer.json, if it is byte-level BPE whose ids are its merge order.
-
-    GPT-2's, Llama 3's and Qwen's are. In that file bytes are written as printable characters; tiktoken wants bytes.
-    """
-    import tiktoken
-    path = folder / "tokenizer.json"
-    require(path.is_file(), f"{folder} has no tokenizer.json: give --tokenizer a ranks file or a name tiktoken knows")
-    try:
-        file = json.loads(path.read_text())
-        kind, vocab, merges = (file["model"].get(name) for name in ("type", "vocab", "merges"))
-        normal = (file.get("normalizer") or {"type": "NFC"})["type"]        # NFC leaves ordinary text as it is
-        require(kind == "BPE" and normal == "NFC", f"{path} is {kind} with {normal}: tiktoken has only byte-level BPE")
-        special = {token["content"].replace("<|end_of_text|>", "<|endoftext|>"): token["id"]            # Llama's
-                   for token in file.get("added_tokens", [])}
-        to_byte = {character: byte for byte, character in byte_characters().items()}
-        as_bytes = lambda token: bytes(to_byte[c] for c in token)
-        ranks = {as_bytes(token): i for token, i in vocab.items() if token not in special}
-        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-        made = [ranks[as_bytes(a + b)] for a, b in pairs]
-        special.setdefault("<|endoftext|>", max([*ranks.values(), *special.values()]) + 1)
-        encoding = tiktoken.Encoding(folder.name, pat_str=split_pattern(file["pre_tokenizer"]), mergeable_ranks=ranks,
-                                     special_tokens=special)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise BadInput(f"{path} is no byte-level BPE of the kind GPT-2 and Qwen use: tiktoken cannot read it") from None
-    require(made == sorted(made) and len(ranks) == 256 + len(set(made)),
-            f"{path}: its ids are not in the order of its merges, which is what tiktoken goes by")
-    return encoding
-
-
-def byte_characters() -> dict[int, str]:
-    """The character each byte is written as in a byte-level tokenizer.json: itself if it prints, else 256 and on."""
-    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in prints]
-    return {b: chr(b) for b in prints} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-def split_pattern(pre_tokenizer: dict) -> str:
-    """The regular expression text is cut by before merging: written out in a Split, or GPT-2's in ByteLevel."""
-    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    patterns = [part["pattern"]["Regex"] for part in parts if part["type"] == "Split"]
-    if not patterns and any(part["type"] == "ByteLevel" and part.get("use_regex", True) for part in parts):
-        patterns = [GPT2_PATTERN]
-    if len(patterns) != 1 or {part["type"] for part in parts} - {"Split", "ByteLevel"}:
-        raise KeyError("pattern")
-    return patterns[0]
-
-
 def read_ranks(path: Path) -> dict[bytes, int]:
     try:
         pairs = [line.split() for line in path.read_bytes().splitlines() if line]
@@ -1269,39 +1229,70 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
+class FolderTokenizer:
+    """A folder's tokenizer.json by the package tokenizers, under the names that a tiktoken.Encoding has."""
+
+    def __init__(self, folder: Path):
+        path = folder / "tokenizer.json"
+        require(path.is_file(), f"{folder} has no tokenizer.json: give --tokenizer a ranks file or a tiktoken name")
+        tokenizers = optional("tokenizers")
+        try:
+            self.inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:                                   # the package has no class of its own for it
+            raise BadInput(f"{path} is no tokenizer that the package tokenizers can read: {error}") from None
+        self.inner.encode_special_tokens = True                      # a text cannot smuggle one in
+        self.n_vocab = self.inner.get_vocab_size()
+        ends = map(self.inner.token_to_id, ("<|endoftext|>", "<|end_of_text|>", "</s>"))
+        self.eot_token = next((end for end in ends if end is not None), -1)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+
+def reader(tokenizer) -> Callable[[int], str]:
+    """What turns ids into text, one after the other; bytes that make no character yet wait for the next id."""
+    if isinstance(tokenizer, FolderTokenizer):
+        stream = optional("tokenizers").decoders.DecodeStream(skip_special_tokens=False)
+        return lambda token: stream.step(tokenizer.inner, token) or ""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def read(token: int) -> str:
+        try:
+            return decoder.decode(tokenizer.decode_single_token_bytes(token))
+        except KeyError:                                              # an id between ranks and special tokens
+            return "\ufffd"
+
+    return read
+
+
 # --- writing text ---
 
 
-def check_ids(ids: list[int], model: Model) -> list[int]:
-    """The ids, if each has a row in the model's embedding; else BadInput."""
-    size = model.config.vocab_size
-    require(max(ids) < size, f"the tokenizer makes token {max(ids)} of this text, and the model has {size}: give "
-                             "--tokenizer the model's own, and a --prompt")
+def ids_of(text: str, tokenizer, model: Model) -> list[int]:
+    """The ids of a text, at least one, if each has a row in the model's embedding; else BadInput."""
+    ids, size = tokenizer.encode_ordinary(text) or [tokenizer.eot_token], model.config.vocab_size
+    require(min(ids) >= 0 and max(ids) < size, f"the tokenizer makes token {max(ids)} of this text, and the model has "
+                                               f"{size}: give --tokenizer the model's own, and a --prompt")
     return ids
 
 
 def write_text(model: Model, tokenizer, prompt: str, n_token: int, **sampling) -> Iterator[str]:
-    """The prompt and what follows, piece by piece; bytes that make no character yet wait for the next token."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    ids = check_ids(tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token], model)
+    """The prompt and what follows, piece by piece."""
+    ids, read = ids_of(prompt, tokenizer, model), reader(tokenizer)
     length, limit = len(ids) + n_token, model.config.max_seq_len
     require(length <= limit, f"prompt and new tokens take {length} positions; the limit is {limit}")
     yield prompt
     for token in generate(model, torch.tensor([ids]), n_token, n_vocab=tokenizer.n_vocab, **sampling):
         if token == tokenizer.eot_token:
             break
-        try:
-            yield decoder.decode(tokenizer.decode_single_token_bytes(int(token)))
-        except KeyError:                                              # an id between ranks and special tokens
-            yield "\ufffd"
-    yield decoder.decode(b"", final=True)
+        yield read(int(token))
 
 
 def load_run(folder: str | Path, device: str = "cpu", tokenizer: str | None = None):
     """Model and tokenizer of a run that train.py left in out/NAME, or of a folder in Hugging Face's format."""
     model, config = load_model(folder)
     name = tokenizer or config.get("tokenizer")
-    return model.to(device).eval(), load_tokenizer(name) if name else hf_tokenizer(Path(folder))
+    return model.to(device).eval(), load_tokenizer(name) if name else FolderTokenizer(Path(folder))
 
 
 def load_model(folder: str | Path) -> tuple[Model, dict]:
@@ -1323,155 +1314,32 @@ def load_model(folder: str | Path) -> tuple[Model, dict]:
     return model, config
 
 
-# --- see the routing ---
-
-
-KINDS = {  # of token, by its first character behind the space a word may start with; the first that fits
-    "line break": lambda c: c in "\r\n", "space": str.isspace, "digit": str.isdigit, "lower case": str.islower,
-    "upper case": str.isupper, "bracket": lambda c: c in "()[]{}<>", "quote": lambda c: c in "\"'`",
-    "other sign": lambda c: c.isascii(), "not ASCII": lambda c: True,
-}
-
-
-def kind_of(token: bytes) -> str:
-    text = token.decode("utf-8", "replace")
-    character = (text.strip(" ") or text or " ")[0]
-    return next(name for name, fits in KINDS.items() if fits(character))
-
-
-@torch.no_grad()
-def first_experts(model: Model, ids: list[int]) -> Tensor:
-    """(L, N): the expert that weighs most for each token, -1 where none does, in each layer that has experts.
-
-    The text is read in pieces of seq_len.
-    """
-    plans = []
-    hooks = [block.ffn.register_forward_hook(lambda module, inputs, out: plans.append(out[1]))
-             for block in model.blocks if block.moe]
-    device, size, layers = model.embed.weight.device, model.config.seq_len, len(hooks)
-    for piece in torch.tensor(ids, device=device).split(size):
-        model(piece[None])
-    for hook in hooks:
-        hook.remove()
-    best = [(plan.weights.max(1), plan.experts) for plan in plans]
-    first = [experts.gather(1, top.indices[:, None])[:, 0].where(top.values > 0, -1) for top, experts in best]
-    return torch.stack([torch.cat(first[layer::layers]) for layer in range(layers)]).cpu()
-
-
-def show_routing(folder: Path, model: Model, tokenizer, text: str) -> None:
-    """routing.json, the expert of every token and each expert's share of each kind of token, and routing.png."""
-    require(model.config.n_expert > 1, f"{folder} holds a model without experts: there is no routing to show")
-    ids = tokenizer.encode_ordinary(text)
-    require(len(ids) > 1, "--routing needs a text of two tokens or more, or a file that holds one")
-    check_ids(ids, model)
-    pieces = [tokenizer.decode_single_token_bytes(i) for i in ids]
-    experts, kinds = first_experts(model, ids), [kind_of(piece) for piece in pieces]
-    names = [name for name in KINDS if name in kinds]
-    shares = torch.zeros(len(experts), model.config.n_expert, len(names))
-    for column, name in enumerate(names):
-        of_kind = experts[:, [i for i, kind in enumerate(kinds) if kind == name]]              # (L, n)
-        for layer, row in enumerate(of_kind):
-            shares[layer, :, column] = row[row >= 0].bincount(minlength=shares.shape[1]) / len(row)
-    result = {"layers": [i for i, block in enumerate(model.blocks) if block.moe],
-              "tokens": [piece.decode("utf-8", "replace") for piece in pieces], "experts": experts.tolist(),
-              "kinds": names, "tokens_of_kind": [kinds.count(name) for name in names], "share": shares.tolist()}
-    (folder / "routing.json").write_text(json.dumps(result))
-    draw_routing(result, folder / "routing.png")
-    print(f"{len(ids)} tokens: {folder}/routing.png, and the numbers behind it in routing.json")
-
-
-def draw_routing(result: dict, path: Path, width: int = 64, n_line: int = 4) -> None:
-    """Above, the text's first lines, a coloured row a layer; below, a heat map a layer: expert by kind of token."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-    experts, share = np.array(result["experts"]), np.array(result["share"])                    # (L, N), (L, E, kinds)
-    layers, n_line = len(experts), min(n_line, -(-experts.shape[1] // width))
-    figure = plt.figure(figsize=(12, 0.45 * n_line * (1 + layers / 2) + 4.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[0.45 * n_line * (1 + layers / 2) + 0.5, 3.7])
-    top.suptitle("the expert that weighs most for each token, a row a layer", fontsize=10)
-    cmap = plt.get_cmap("tab20" if share.shape[1] <= 20 else "turbo", share.shape[1]).with_extremes(under="white")
-    for line, axis in enumerate(top.subplots(n_line, 1, squeeze=False).flat):
-        part = experts[:, line * width:(line + 1) * width]
-        colours = axis.imshow(np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1), cmap=cmap,
-                              vmin=-0.5, vmax=share.shape[1] - 0.5, aspect="auto", interpolation="nearest")
-        for column, token in enumerate(result["tokens"][line * width:(line + 1) * width]):
-            shown = token.replace("\n", "\u21b5").replace(" ", "\u00b7").replace("$", r"\$")
-            axis.text(column, -0.7, shown, ha="center", va="bottom", fontsize=8, family="monospace",
-                      rotation=0 if len(token) < 3 else 60)
-        axis.set_yticks(range(layers), result["layers"])
-        axis.set(xticks=[], ylabel="layer")
-        axis.spines[:].set_visible(False)
-    top.colorbar(colours, ax=top.axes, label="expert", shrink=0.8)
-    bottom.suptitle("share of a kind's tokens that go first to an expert", fontsize=10)
-    for layer, axis in enumerate(bottom.subplots(1, layers, sharey=True, squeeze=False).flat):
-        image = axis.imshow(share[layer], aspect="auto", cmap="viridis", vmin=0, vmax=share.max())
-        axis.set(title=f"layer {result['layers'][layer]}", ylabel="" if layer else "expert")
-        axis.set_xticks(range(len(result["kinds"])), result["kinds"], rotation=60, ha="right", fontsize=8)
-    bottom.colorbar(image, ax=bottom.axes, shrink=0.8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 # --- command line ---
 
 
-def size_table(config: ModelConfig, sizes: dict, need: dict) -> str:
-    million = lambda n: f"{n / 1e6:,.1f}M"
-    rows = [("parameters", "total", "active", "active / total")]
-    for label, suffix, less in (("tied, with embeddings", "", 0), ("untied, with embeddings", "_untied", 0),
-                                ("without embeddings", "", sizes["embedding"])):
-        total, active = sizes["total" + suffix] - less, sizes["active" + suffix] - less
-        rows.append((label, million(total), million(active), f"{active / total:.1%}"))
-    lines = [f"{a:26s} {b:>12s} {c:>12s} {d:>15s}" for a, b, c, d in rows]
-    lines += ["", f"training FLOPs a token     {sizes['flops_per_token']:>12.4g}", "", "memory of a training step, GiB"]
-    lines += [f"  {name:24s} {n / 2**30:>12.2f}" for name, n in need.items()]
-    return "\n".join(lines)
-
-
-def print_sizes(path: str, as_json: bool) -> None:
-    from train import load_config  # every name a config file may use stands in train.py, which imports this file
-    config = load_config(path)
-    sizes, need = count(config), memory(config, config.micro_batch, config.dtype)
-    if as_json:
-        print(json.dumps(sizes | {"memory": need}))
-        return
-    shape = "n_layer d_model n_head n_kv_head d_head n_expert top_k d_expert vocab_size seq_len micro_batch".split()
-    print(f"{path}: " + ", ".join(f"{name} {getattr(config, name)}" for name in shape), end="\n\n")
-    print(size_table(config, sizes, need))
-
-
 def main(argv: list[str]) -> None:
-    parser = Parser(allow_abbrev=False, description="sizes of a config, or text from a trained run")
-    parser.add_argument("target", help="configs/X.py, out/NAME of a trained run, or a Hugging Face folder")
-    parser.add_argument("--json", action="store_true", help="sizes as JSON")
+    parser = Parser(allow_abbrev=False, description="text from a trained run, or from a Hugging Face folder")
+    parser.add_argument("folder", help="out/NAME of a trained run, or a Hugging Face folder")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--tokenizer", help="another than the run's or the folder's own: see load_tokenizer")
-    parser.add_argument("--routing", metavar="TEXT", help="a text, or a file of it: draws the experts its tokens visit")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to write")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top_k", type=int, default=50, help="draw from this many likeliest tokens")
-    parser.add_argument("--seed", type=int, default=1, help="of the draws, below 2**63")
+    parser.add_argument("--seed", type=int, default=1, help="of the random numbers, below 2**63")
     parser.add_argument("--compile", action="store_true", help="compile the step first: pays from some thousand tokens")
     args = parser.parse_args(argv)
-    if args.target.endswith(".py"):
-        require(not args.prompt and args.routing is None,
-                f"{args.target} is a config, and text needs what it trains: python train.py {args.target} first")
-        return print_sizes(args.target, args.json)
+    require(not args.folder.endswith(".py"), f"{args.folder} is a config, and text needs what it trains: run python "
+                                             f"train.py {args.folder} first (--dry_run prints its sizes)")
     for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
         require(low <= getattr(args, name) < 2**63, f"--{name} {getattr(args, name)} must be at least {low}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_run(args.target, device, args.tokenizer)
-    if args.routing is not None:
-        text = Path(args.routing).read_text(errors="replace") if is_file(args.routing) else args.routing
-        return show_routing(Path(args.target), model, tokenizer, text)
+    model, tokenizer = load_run(args.folder, device, args.tokenizer)
+    step = Decoder() if args.compile else next_logits
     for piece in write_text(model, tokenizer, args.prompt, args.tokens, temperature=args.temperature, top_k=args.top_k,
-                            seed=args.seed, step=Decoder() if args.compile else next_logits):
+                            seed=args.seed, step=step):
         print(piece, end="", flush=True)
     print()
 
 
 if __name__ == "__main__":
-    sys.modules["model"] = sys.modules["__main__"]       # train.py imports model: give it this one, not a second copy
     run_script(main)

@@ -42,7 +42,7 @@ class RouterConfig:
     router: str = "softmax"       # routing policy, a name in router.POLICIES
     top_k: int = 4                # K, experts a token visits
     renormalize: bool = True      # the K combine weights sum to 1
-    top_p: float = 0.6            # router "top_p": experts are taken, likeliest first, up to this much probability
+    top_p: float = 0.6            # router "top_p": experts are taken, likeliest first, until they hold this probability
     router_noise: float = 0.0     # std of Gaussian noise on the logits the experts are chosen by, in training only
     capacity_factor: float | None = None       # in training an expert takes at most this times an even share; None: all
     eval_capacity_factor: float | None = None  # the same outside training
@@ -55,11 +55,11 @@ class RouterConfig:
 class Choice(NamedTuple):
     """What a policy decides about N tokens."""
 
-    experts: Tensor               # (N, K) int64, distinct within a token
-    weights: Tensor               # (N, K) float32, how much each expert's output counts; carries gradient
+    experts: Tensor               # (N, K) int64, distinct within a token; expert_choice has up to 2K places a token
+    weights: Tensor               # (N, K) float32 >= 0, what each expert's output counts; carries gradient
     probs: Tensor                 # (N, E) float32, what the balance loss evens out
-    used: Tensor | None = None    # (N, K) bool, which slots are choices at all; None: every one. Others weigh 0
-    lost: Tensor | int = 0        # choices that found no slot (expert_choice)
+    used: Tensor | None = None    # (N, K) bool, which places are choices at all, the others weigh 0; None: every one
+    lost: Tensor | int = 0        # choices that found no place (expert_choice)
 
 
 @dataclass
@@ -67,13 +67,13 @@ class Routing:
     """What the expert layer needs. A choice is one (token, k) pair; a row is one vector that one expert multiplies.
     Integers are int64, or int32 where a kernel made them."""
 
-    weights: Tensor               # (N, K) float32; 0 for a choice that was dropped and for a slot that is unused
+    weights: Tensor               # (N, K) float32; 0 for a choice that was dropped and for a place that is unused
     experts: Tensor               # (N, K) the chosen experts
-    counts: Tensor                # (E,) rows of each expert
+    counts: Tensor                # (E,) rows of each expert, unused places too
     offsets: Tensor               # (E,) where each expert's rows end, once rows stand in expert order
     token: Tensor                 # (R,) the token that each row is a copy of
     slot: Tensor                  # (N, K) the row of each choice: `token` read the other way round
-    demand: Tensor                # (E,) choices of each expert, dropped ones too, unused slots not
+    demand: Tensor                # (E,) choices of each expert, dropped ones too, unused places not
     losses: dict[str, Tensor]     # "balance" and "z", scalars with gradient to the logits
     stats: dict[str, Tensor]      # "load" (E,), "entropy", "dropped", "nonfinite": detached, not copied to the host
 
@@ -86,7 +86,7 @@ class Context:
     seq_len: int = 0              # the N rows are sequences of this length, one behind another; 0: one sequence
     training: bool = False
     bias: Tensor | None = None    # (E,) float32, added to the scores the experts are chosen by, never to the weights
-    load: Tensor | None = None    # (E,) demand of this optimizer step's earlier micro-batches, on this rank
+    load: Tensor | None = None    # (E,) demand of this optimizer step's earlier micro-batches, in this process
 
 
 Policy = Callable[[Tensor, RouterConfig, Context], Choice]
@@ -95,7 +95,7 @@ POLICIES: dict[str, Policy] = {}
 
 def policy(name: str, causal: bool = True):
     """Register `f(logits, config, context) -> Choice` under the name that `router = "name"` in a config asks for.
-    causal: a promise that no later token, and no other sequence, can change a token's output."""
+    causal: a promise that the choice looks at no later token and no other sequence; Part 3's check_causal tries it."""
 
     def register(function: Policy) -> Policy:
         function.causal = causal
@@ -128,7 +128,7 @@ def route(logits: Tensor, config: RouterConfig, context: Context | None = None) 
 def softmax(logits: Tensor, config: RouterConfig, context: Context) -> Choice:
     """Top-k of a softmax, weights renormalised or not (Shazeer 2017; Mixtral, Qwen3-MoE, OLMoE).
 
-        p = softmax(x)    S = the K largest p    w_e = p_e, or p_e / sum_S p if config.renormalize
+        p = softmax(x)    S = the K largest p (+ bias)    w_e = p_e, or p_e / sum_S p if config.renormalize
 
     Renormalised (Mixtral, Qwen3; not OLMoE) w is the softmax of the chosen logits: nothing can make 0 / 0 there.
     """
@@ -187,7 +187,8 @@ def z_loss(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def statistics(choice: Choice, demand: Tensor) -> dict[str, Tensor]:
-    """What the log tells about a batch: see Routing.stats."""
+    """For the log: load, choices of each expert / all rows; entropy, nats a token; dropped, share of choices that weigh
+    nothing."""
     unweighted = choice.weights == 0 if choice.used is None else (choice.weights == 0) & choice.used
     entropy = -(choice.probs * choice.probs.clamp(min=1e-38).log()).sum(-1)       # (N,) nats; ln E when undecided
     return {"load": demand / max(choice.experts.numel(), 1),                      # share of all rows
@@ -196,8 +197,8 @@ def statistics(choice: Choice, demand: Tensor) -> dict[str, Tensor]:
 
 
 # --- variations: how to keep the experts evenly busy ---
-# In any combination: the balance loss over one of three scopes; a bias on the choice, moved by the load itself; noise
-# on the choice; a capacity.
+# The balance loss over one of three scopes; a bias on the choice, moved by the load itself; noise on the choice; a
+# capacity. Bias and noise are for policies that choose by `preference`.
 
 
 def scoped_balance_loss(choice: Choice, demand: Tensor, config: RouterConfig, context: Context) -> Tensor:
@@ -237,7 +238,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 def preference(logits: Tensor, score: Callable, config: RouterConfig, context: Context) -> Tensor:
     """The numbers (N, E) whose K largest are chosen; the weights do not see them. They are the logits, in training with
     Gaussian noise so that all experts are tried (Shazeer 2017, eq. 4, where its std is learnt; here it is a setting).
-    With a selection bias they are score(logits, -1) + bias. (A score keeps the order, but its rounding makes ties.)"""
+    With a selection bias: score(logits, -1) + bias. (Without one the score is left out: rounding would make ties.)"""
     if context.training and config.router_noise > 0:
         logits = logits + config.router_noise * torch.randn_like(logits)
     return logits if context.bias is None else score(logits, -1) + context.bias
@@ -247,7 +248,7 @@ def preference(logits: Tensor, score: Callable, config: RouterConfig, context: C
 def update_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     """Once an optimizer step, in place: bias += rate * sign(mean load - load), then its mean is taken off.
 
-    bias (..., E) float32; load (..., E), the demand summed over the step on this rank. An expert with too few tokens
+    bias (..., E) float32; load (..., E), the demand summed over the step in this process. An expert with too few tokens
     becomes easier to choose, with no gradient of its own to disturb the model (Wang 2024, "Auxiliary-loss-free load
     balancing"; DeepSeek-V3, sec. 2.1.2). Only differences of the bias matter: mean 0 keeps it from drifting.
     """
@@ -262,7 +263,7 @@ def drop(routing: Routing, config: RouterConfig, training: bool) -> Routing:
 
     The weights that stay are not renormalised, and a token dropped by all its experts passes on the residual alone.
     No later token evicts an earlier one, but another sequence of the batch can. Dropping saves no time here: the rows
-    of dropped choices are computed all the same, since R must be known beforehand.
+    of dropped choices are computed all the same, so that their number R stays fixed.
     """
     factor = config.capacity_factor if training else config.eval_capacity_factor
     if factor is None:
@@ -270,12 +271,12 @@ def drop(routing: Routing, config: RouterConfig, training: bool) -> Routing:
     n, k = routing.experts.shape
     capacity = math.ceil(factor * n * k / len(routing.counts))
     weights = routing.weights.detach()
-    live = torch.empty(n * k, dtype=torch.bool, device=weights.device)            # (R,) rows: an unused slot's is not
+    live = torch.empty(n * k, dtype=torch.bool, device=weights.device)            # (R,); unused places are not
     live[routing.slot.flatten()] = weights.flatten() > 0
     served = F.pad(live.cumsum(0), (1, 0))                                        # (R + 1,) live rows before row r
     start = served[routing.offsets - routing.counts]                              # (E,)
-    rank = served[routing.slot] - start[routing.experts]                          # (N, K) live ones before, same expert
-    late = (weights > 0) & (rank >= capacity)
+    ahead = served[routing.slot] - start[routing.experts]                         # (N, K) live rows before it
+    late = (weights > 0) & (ahead >= capacity)
     dropped = routing.stats["dropped"] + late.sum() / routing.demand.sum().clamp(min=1)
     return replace(routing, weights=routing.weights.where(~late, 0.0), stats=routing.stats | {"dropped": dropped})
 
@@ -319,16 +320,15 @@ def top_p(logits: Tensor, config: RouterConfig, context: Context) -> Choice:
 
         p = softmax(x), descending    S = the first m with p_1 + ... + p_m >= top_p, m <= K    w as for softmax
 
-    A sure token visits one expert, an unsure one several. Slots behind the m-th are unused. Experts a token, on
-    average: K times the sum of stats["load"].
+    A sure token weighs one expert, an unsure one several. Places behind the m-th are unused: computed, at weight 0.
+    Experts a token, on average: K times the sum of stats["load"].
     """
-    chosen_by = preference(logits, torch.softmax, config, context)
-    experts = top_k(chosen_by, config.top_k)
-    p = chosen_by.softmax(-1).gather(1, experts)                                  # (N, K), descending
-    used = p.cumsum(-1) - p < config.top_p                                        # not reached before this one
+    experts = top_k(preference(logits, torch.softmax, config, context), config.top_k)
     probs = logits.softmax(-1)
+    p = probs.gather(1, experts)                                                  # (N, K)
+    used = p.cumsum(-1) - p < config.top_p                                        # not reached before this one
     chosen = logits.gather(1, experts).where(used, -torch.inf)
-    weights = chosen.softmax(-1) if config.renormalize else probs.gather(1, experts).where(used, 0.0)
+    weights = chosen.softmax(-1) if config.renormalize else p.where(used, 0.0)
     return Choice(experts, weights, probs, used)
 
 
@@ -339,16 +339,16 @@ def expert_choice(logits: Tensor, config: RouterConfig, context: Context) -> Cho
         p = softmax(x)    expert e takes the C = ceil(N K / E) tokens of largest p_e    w_e = p_e, never renormalised
 
     Load is even by construction. Not causal: a later token can take an earlier one's place, which a model will not
-    have when it writes. A token has min(E, 2K) slots: one that more experts take loses the least likely.
+    have when it writes. A token has min(E, 2K) places: one that more experts take loses the least likely.
     """
     assert config.capacity_factor is config.eval_capacity_factor is None, "expert choice has a capacity of its own"
     n, n_expert = logits.shape
     probs = logits.softmax(-1)
-    chosen_by = preference(logits, torch.softmax, config, context).softmax(-1)
-    order = chosen_by.argsort(dim=0, descending=True, stable=True)                # (N, E), each expert's tokens
+    noisy = preference(logits, torch.softmax, config, replace(context, bias=None))
+    order = noisy.softmax(-1).argsort(dim=0, descending=True, stable=True)        # (N, E), each expert's tokens
     capacity = math.ceil(n * config.top_k / n_expert)
     taken = torch.zeros_like(probs).scatter_(0, order[:capacity], 1.0)            # (N, E) 1 where e takes the token
-    experts = top_k(taken + probs, min(n_expert, 2 * config.top_k))               # taken ones first
+    experts = top_k(2 * taken + probs, min(n_expert, 2 * config.top_k))           # taken ones first
     used = taken.gather(1, experts) > 0
     return Choice(experts, probs.gather(1, experts).where(used, 0.0), probs, used, taken.sum() - used.sum())
 
@@ -362,7 +362,7 @@ def hash_ids(logits: Tensor, config: RouterConfig, context: Context) -> Choice:
     assert context.ids is not None, "the hash router chooses by token ids: pass Context(ids=...)"
     expert = torch.arange(logits.shape[1], device=logits.device)
     bits = context.ids.long()[:, None] * len(expert) + expert                     # (N, E), all different
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):                    # MurmurHash3's last steps, 32 bits
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):                    # MurmurHash3, two of its last steps
         bits = (bits ^ (bits >> shift)) * factor & 0xFFFFFFFF
     return unlearnt(logits, (bits >> 8).float(), config)                          # 24 bits: exact in a float32
 

@@ -818,17 +818,6 @@ def run_optimum(args) -> dict:
 RAMP = [[0, 65_536], [500_000_000, 131_072], [1_000_000_000, 262_144]]
 
 
-def peak_rates(body: float, N: float, E: int) -> tuple[float, float]:
-    """The paper's peak learning rate (eq. 7), by its text and by the authors' public code.
-
-    exp(8.39 - 0.81 ln N - 0.25 ln E): in the text N leaves out embedding and head, as `body` does;
-    in the code it does not, and the coefficients have more digits.
-    """
-    by_text = 8.39 - 0.81 * math.log(body)
-    by_code = 8.391640956 - 0.8121798245 * math.log(N)
-    return math.exp(by_text) / E**0.25, math.exp(by_code) / E**0.25
-
-
 def model_config(d: int, E: int):
     """The paper's model in model.py's words: d/64 blocks and heads, experts of width 3d, top-1 (Switch).
 
@@ -883,7 +872,7 @@ def run_plan(args) -> dict:
 
     It has to fit one GPU twice: training, with a whole copy on each, and serving --context tokens.
     """
-    from model import CARDS, count, memory
+    from model import CARDS, count, memory, peak_rates
     laws, runs = chosen_law(args.law)
     require(not args.memory or args.memory[0] == "bytes",
             "plan --memory is that of one GPU: give it a unit of bytes, such as 80GB or 80GiB")

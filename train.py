@@ -1,12 +1,12 @@
 """
 train.py: one command from a config file to a trained model.
 
-    python train.py configs/tiny.py                        train; the same command again continues where it stopped
+    python train.py configs/tiny.py                        train; the same command again continues from its checkpoint
     python train.py configs/tiny.py --learning_rate=3e-4   any field of the config, by name (--help lists them)
 
 One rule runs through the file: everything a step needs is a function of (config, step). Which tokens, which learning
-rate, which random numbers: nothing is carried along except the weights and the optimizer. So a run that was
-interrupted at any step and continued ends, on a CPU, in the same weights to the last bit as one that was not.
+rate, which random numbers: nothing is carried along except the weights (a router's bias among them) and the optimizer.
+So a run that was interrupted and continued ends, on a CPU, in the same weights to the last bit as one that was not.
 
 Part 1 is the lesson: config, text to windows of tokens, learning rate, evaluation, and the loop, which talks to one
 object that keeps the run. Part 2 is what real runs need: every value checked, other data, exact resume, a log, figures.
@@ -72,7 +72,7 @@ class Config(ModelConfig):
         return self
 
 
-PART_2 = ("tokenizer", "compile", "plain", "init_from", "overwrite", "recompute")   # the lesson has their defaults
+PART_2 = ("tokenizer", "compile", "plain", "init_from", "overwrite", "recompute")   # here at their defaults
 
 
 def load_config(path: str, words: list[str] = ()) -> Config:
@@ -145,11 +145,13 @@ class Data:
     """What the steps are made of: text as bytes. Part 2's Corpus knows other tokenizers and files, and ramps."""
 
     def __init__(self, config: Config):
-        sides = ([], [])                                                         # for training, for validation
+        unit, sides = config.micro_batch * config.seq_len, ([], [])              # sides: for training, for validation
+        if (config.batch_tokens or unit) % unit:
+            refuse(f"batch_tokens = {config.batch_tokens} is no multiple of micro_batch * seq_len = {unit}")
         for text in documents(config.dataset):
             sides[is_held_out(text)].append(np.array([*text, END_OF_TEXT], np.uint16))
-        if not all(sides):
-            refuse(f"dataset {config.dataset!r} has too few documents to hold one in 20 out")
+        if not all(sum(map(len, side)) > config.seq_len for side in sides):
+            refuse(f"dataset {config.dataset!r} is no folder with text enough to hold one document in 20 out")
         self.train, self.val = (Windows(np.concatenate(side), config.seq_len) for side in sides)
         self.config = config
 
@@ -165,7 +167,7 @@ class Data:
         return step * batch, batch
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets (micro_batch, T), as many as make up the step: whatever its size, the same windows."""
+        """Inputs and targets (micro_batch, T), as many as make up the step; micro_batch does not change the windows."""
         c, n = self.config, len(self.train)
         tokens, batch = self.position(step)
         for start in range(tokens // c.seq_len, (tokens + batch) // c.seq_len, c.micro_batch):
@@ -196,7 +198,7 @@ def learning_rate(config: Config, tokens: int, batch: int, total: int) -> float:
 
 
 def parameter_groups(model: Model, weight_decay: float) -> list[dict]:
-    """AdamW's groups: decay for matrices, none for norms (their one is not zero) and the embedding, where a rare
+    """AdamW's groups: decay for matrices, none for norms (which belong near one) and the embedding, where a rare
     token's row gets a gradient once in many steps: decay would pull it to zero in between. (An untied head decays.)"""
     decay = [p for name, p in model.named_parameters() if p.dim() > 1 and name != "embed.weight"]
     plain = [p for name, p in model.named_parameters() if p.dim() == 1 or name == "embed.weight"]
@@ -216,18 +218,20 @@ def evaluate(model: Model, data: Data, config: Config) -> tuple[float, float]:
     which = [i * len(data.val) // n for i in range(n)]                           # evenly spread over the held-out text
     nats, n_bytes, mode = 0.0, 0, model.training
     model.eval()
-    for start in range(0, n, config.micro_batch):
-        x, y = data.val.batch(which[start:start + config.micro_batch])
-        with autocast(config):
-            nats += float(model(x.to(config.device), y.to(config.device)).ce) * y.numel()
-        n_bytes += data.n_bytes(y)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)                                           # of a router that draws
+        for start in range(0, n, config.micro_batch):
+            x, y = data.val.batch(which[start:start + config.micro_batch])
+            with autocast(config):
+                nats += float(model(x.to(config.device), y.to(config.device)).ce) * y.numel()
+            n_bytes += data.n_bytes(y)
     model.train(mode)
     return nats / (n * config.seq_len), nats / math.log(2) / max(n_bytes, 1)
 
 
 class Keeper:
     """What becomes of a run: printed lines, and a checkpoint from which the same command continues. Part 2's Run keeps
-    a log and figures, and stops as one would wish."""
+    a log and figures, refuses another config, and stops cleanly when told to."""
 
     def __init__(self, config: Config, data: Data):
         self.config, self.data, self.losses = config, data, []
@@ -275,7 +279,7 @@ def train(config: Config, keeper: type[Keeper] = Keeper, data: type[Data] = Data
     total = data.position(data.steps)[0]
     for step in range(start, data.steps):
         if step % config.eval_interval == 0:
-            keep.evaluation(step, lambda: evaluate(forward, data, config))
+            keep.evaluation(step, lambda: evaluate(forward, data, config))       # a lambda: the keeper stops its clock
         torch.manual_seed(config.seed * 1_000_003 + step)      # whatever draws at this step draws the same again
         tokens, batch = data.position(step)
         rate = learning_rate(config, tokens, batch, total)
@@ -291,8 +295,9 @@ def train(config: Config, keeper: type[Keeper] = Keeper, data: type[Data] = Data
             keep.micro_batch(o, y)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         norm = norm + 0 * loss                                 # not finite if the loss is not
-        optimizer.found_inf = (~norm.isfinite()).float()       # at 1 the fused step leaves the weights alone: a bad
-        optimizer.step()                                       # step is skipped, and a GPU is not waited for
+        # A fused step reads found_inf (as from a GradScaler): at 1 it leaves weights and state alone, without a wait.
+        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.step()
         model.end_step(optimizer.found_inf)
         optimizer.zero_grad()
         keep.step(step, norm, rate)
@@ -303,6 +308,7 @@ def train(config: Config, keeper: type[Keeper] = Keeper, data: type[Data] = Data
 # === Part 2: a run of any kind, kept ==============================================================================
 
 import argparse
+import contextlib
 import ctypes
 import glob
 import gzip
@@ -329,10 +335,14 @@ from model import (
     FAST,
     PLAIN,
     count,
+    ids_of,
+    is_file,
     load_model,
+    load_run,
     load_tokenizer,
     memory,
     optional,
+    reader,
     use,
     validate,
     whole_groups,
@@ -414,7 +424,8 @@ def make_config(values: dict, out_dir: str, chosen: dict) -> Config:
         require(not values.get("expert_groups") or name not in chosen,
                 f"{name} does nothing beside expert_groups, which says how many experts of which width there are")
     for name in values:
-        require(name in TYPES, f"{name} is no config field{closest(name, [*TYPES, 'runs', 'seeds', 'name', 'group'])}")
+        known = [*TYPES, "runs", "seeds", "name", "group", "along"]
+        require(name in TYPES, f"{name} is no config field{closest(name, known)}")
     config = Config(**{name: convert(name, value) for name, value in values.items()}).resolve()
     config.out_dir = config.out_dir or out_dir
     kind, _, number = config.device.partition(":")
@@ -453,7 +464,8 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("config", help="a flat Python file: one name = value a line (see configs/)")
     parser.add_argument("--scale", type=lambda text: literal("scale", text), default=1,
                         help="what the name `scale` stands for in the file")
-    parser.add_argument("--dry_run", action="store_true", help="only the table of runs: sizes, FLOPs, does each fit")
+    parser.add_argument("--dry_run", action="store_true", help="only the sizes of each run, FLOPs, does it fit here")
+    parser.add_argument("--json", action="store_true", help="with --dry_run: the sizes as JSON")
     sweeps = parser.add_argument_group("sweeps, files with several runs")
     sweeps.add_argument("--report", action="store_true", help="only the summary of what there is so far")
     sweeps.add_argument("--only", action="append", type=lambda text: text.split(","), help="only these runs")
@@ -554,7 +566,7 @@ def prepare(config: Config, tokenizer) -> tuple[list[np.ndarray], list[np.ndarra
     if files[0].suffix == ".bin":
         return token_shards(files, config.dataset)
     listing = [[p.name, p.stat().st_size, 0 if config.dataset == "stdlib" else p.stat().st_mtime_ns] for p in files]
-    vocabulary = repr((tokenizer._pat_str, tokenizer._special_tokens, sorted(tokenizer._mergeable_ranks.items())))
+    vocabulary = repr((tokenizer.name, tokenizer.eot_token, token_texts(tokenizer)))
     manifest = {"dataset": config.dataset, "tokenizer": config.tokenizer, "files": listing,
                 "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest()}
     key = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:12]
@@ -627,12 +639,14 @@ def token_shards(files: list[Path], dataset: str) -> tuple[list[np.ndarray], lis
     return splits[False], splits[True]
 
 
-def bytes_per_token(tokenizer, vocab_size: int) -> torch.Tensor:
-    """(V,) length in bytes of each token; end-of-text and padding have none."""
-    lengths = torch.zeros(vocab_size, dtype=torch.int64)
-    ranks = tokenizer._mergeable_ranks                          # token_byte_values() is in alphabetical order instead
-    lengths[list(ranks.values())] = torch.tensor([len(value) for value in ranks])
-    return lengths
+def token_texts(tokenizer) -> list[bytes]:
+    """The text of each id; special tokens, and ids that are none, have no text."""
+    special = {tokenizer.encode_single_token(name) for name in tokenizer.special_tokens_set}
+    texts = [b""] * tokenizer.n_vocab
+    for i in set(range(tokenizer.n_vocab)) - special:
+        with contextlib.suppress(KeyError):
+            texts[i] = tokenizer.decode_single_token_bytes(i)
+    return texts
 
 
 class Shards(Windows):
@@ -701,7 +715,8 @@ class Corpus(Data):
             require(len(windows) > 0, f"{name} is {n:,} tokens, less than one sequence of seq_len = {config.seq_len}: "
                                       "use more text or a smaller seq_len")
             check_ids(windows, config)
-        self.token_bytes = bytes_per_token(self.tokenizer, config.vocab_size)
+        lengths = [len(text) for text in token_texts(self.tokenizer)]
+        self.token_bytes = torch.tensor(lengths + [0] * (config.vocab_size - len(lengths)))
 
     @property
     def steps(self) -> int:
@@ -1035,7 +1050,7 @@ class Run(Keeper):
         """result.json, the figures and a sample of text: what a run leaves behind."""
         config, out = self.config, self.out
         ce, bits = self.evaluation(self.data.steps, evaluate)
-        sizes = plan(config)
+        sizes = budget(config)
         result = {
             "name": out.name, "status": "done", "loss": ce, "bits_per_byte": bits, **sizes,
             "skipped": self.skipped, "seconds": self.seconds,
@@ -1073,7 +1088,7 @@ def catch_signals() -> list[str]:
 
 def describe(config: Config, data: Corpus, need: int, free: int) -> None:
     """What is about to happen, before it does."""
-    sizes, tied = plan(config), "tied" if config.tie_embeddings else "untied"
+    sizes, tied = budget(config), "tied" if config.tie_embeddings else "untied"
     total, active, tokens = sizes["n_total"], sizes["n_active"], sizes["tokens"]
     experts = f"{config.n_expert} experts, top-{config.top_k}" if config.n_expert > 1 else "no experts"
     print(f"{config.out_dir}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active, {tied} embeddings included; "
@@ -1085,8 +1100,8 @@ def describe(config: Config, data: Corpus, need: int, free: int) -> None:
           f"free on {config.device}, {config.dtype}", flush=True)
 
 
-def plan(config: Config) -> dict:
-    """Parameters (embeddings counted as the config ties them), steps, tokens and FLOPs of a run, from its config."""
+def budget(config: Config) -> dict:
+    """What a run costs: parameters (embeddings counted as the config ties them), steps, tokens and FLOPs."""
     sizes, suffix, last = count(config), "" if config.tie_embeddings else "_untied", total_steps(config)
     tokens = position(config, last)[0]
     return {"n_total": sizes["total" + suffix], "n_active": sizes["active" + suffix],
@@ -1180,6 +1195,93 @@ def draw_loads(figure, axes, load: np.ndarray, tokens: int) -> None:
     figure.colorbar(image, ax=axes, label="share of tokens / even share", shrink=0.8)
 
 
+# --- see the routing ---
+
+
+KINDS = {  # of token, by its first character behind the space a word may start with; the first that fits
+    "line break": lambda c: c in "\r\n", "space": str.isspace, "digit": str.isdigit, "lower case": str.islower,
+    "upper case": str.isupper, "bracket": lambda c: c in "()[]{}<>", "quote": lambda c: c in "\"'`",
+    "other sign": lambda c: c.isascii(), "not ASCII": lambda c: True,
+}
+
+
+def kind_of(token: str) -> str:
+    character = (token.strip(" ") or token)[0]
+    return next(name for name, fits in KINDS.items() if fits(character))
+
+
+@torch.no_grad()
+def first_experts(model: Model, ids: list[int]) -> Tensor:
+    """(L, N): the expert that weighs most for each token, -1 where none does, in each layer that has experts.
+
+    The text is read in pieces of seq_len.
+    """
+    routings = []
+    hooks = [block.ffn.register_forward_hook(lambda module, inputs, out: routings.append(out[1]))
+             for block in model.blocks if block.moe]
+    device, size, layers = model.embed.weight.device, model.config.seq_len, len(hooks)
+    for piece in torch.tensor(ids, device=device).split(size):
+        model(piece[None])
+    for hook in hooks:
+        hook.remove()
+    best = [(routing.weights.max(1), routing.experts) for routing in routings]
+    first = [experts.gather(1, top.indices[:, None])[:, 0].where(top.values > 0, -1) for top, experts in best]
+    return torch.stack([torch.cat(first[layer::layers]) for layer in range(layers)]).cpu()
+
+
+def show_routing(folder: Path, text: str) -> None:
+    """routing.json, the expert of every token and each expert's share of each kind of token, and routing.png."""
+    model, tokenizer = load_run(folder)
+    require(model.config.n_expert > 1, f"{folder} holds a model without experts: there is no routing to show")
+    ids = ids_of(text, tokenizer, model)
+    require(len(ids) > 1, "--text needs a text of two tokens or more, or a file that holds one")
+    pieces = [reader(tokenizer)(i) or "\ufffd" for i in ids]
+    experts, kinds = first_experts(model, ids), [kind_of(piece) for piece in pieces]
+    names = [name for name in KINDS if name in kinds]
+    shares = torch.zeros(len(experts), model.config.n_expert, len(names))
+    for column, name in enumerate(names):
+        of_kind = experts[:, [i for i, kind in enumerate(kinds) if kind == name]]              # (L, n)
+        for layer, row in enumerate(of_kind):
+            shares[layer, :, column] = row[row >= 0].bincount(minlength=shares.shape[1]) / len(row)
+    result = {"layers": [i for i, block in enumerate(model.blocks) if block.moe], "tokens": pieces,
+              "experts": experts.tolist(), "kinds": names, "tokens_of_kind": [kinds.count(name) for name in names],
+              "share": shares.tolist()}
+    write_text_file(folder / "routing.json", json.dumps(result))
+    draw_routing(result, folder / "routing.png")
+    print(f"{len(ids)} tokens: {folder}/routing.png, and the numbers behind it in routing.json")
+
+
+def draw_routing(result: dict, path: Path, width: int = 64, n_line: int = 4) -> None:
+    """Above, the text's first lines, a coloured row a layer; below, a heat map a layer: expert by kind of token."""
+    plt = pyplot()
+    experts, share = np.array(result["experts"]), np.array(result["share"])                    # (L, N), (L, E, kinds)
+    layers, n_line = len(experts), min(n_line, -(-experts.shape[1] // width))
+    figure = plt.figure(figsize=(12, 0.45 * n_line * (1 + layers / 2) + 4.2), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[0.45 * n_line * (1 + layers / 2) + 0.5, 3.7])
+    top.suptitle("the expert that weighs most for each token, a row a layer", fontsize=10)
+    cmap = plt.get_cmap("tab20" if share.shape[1] <= 20 else "turbo", share.shape[1]).with_extremes(under="white")
+    for line, axis in enumerate(top.subplots(n_line, 1, squeeze=False).flat):
+        part = experts[:, line * width:(line + 1) * width]
+        colours = axis.imshow(np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1), cmap=cmap,
+                              vmin=-0.5, vmax=share.shape[1] - 0.5, aspect="auto", interpolation="nearest")
+        for column, token in enumerate(result["tokens"][line * width:(line + 1) * width]):
+            shown = token.replace("\n", "\u21b5").replace(" ", "\u00b7").replace("$", r"\$")
+            axis.text(column, -0.7, shown, ha="center", va="bottom", fontsize=8, family="monospace",
+                      rotation=0 if len(token) < 3 else 60)
+        axis.set_yticks(range(layers), result["layers"])
+        axis.set(xticks=[], ylabel="layer")
+        axis.spines[:].set_visible(False)
+    top.colorbar(colours, ax=top.axes, label="expert", shrink=0.8)
+    bottom.suptitle("share of a kind's tokens that go first to an expert", fontsize=10)
+    for layer, axis in enumerate(bottom.subplots(1, layers, sharey=True, squeeze=False).flat):
+        image = axis.imshow(share[layer], aspect="auto", cmap="viridis", vmin=0, vmax=share.max())
+        axis.set(title=f"layer {result['layers'][layer]}", ylabel="" if layer else "expert")
+        axis.set_xticks(range(len(result["kinds"])), result["kinds"], rotation=60, ha="right", fontsize=8)
+    bottom.colorbar(image, ax=bottom.axes, shrink=0.8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 # === Part 3: sweeps ===============================================================================================
 
 import csv
@@ -1194,10 +1296,11 @@ import subprocess
 class Trial:
     """One run of a sweep, kept in out/SWEEP/NAME. The one run of a file without `runs` has no name."""
 
-    name: str           # MODEL, or MODEL-s1, MODEL-s2, ... where several seeds repeat it
-    model: str          # the name in the file: what a mean over seeds is taken of
-    group: str          # `group` in the file: ranked apart, and a colour or a curve of its own in the figure
     config: Config
+    name: str = ""             # MODEL, or MODEL-s1, MODEL-s2, ... where several seeds repeat it
+    model: str = ""            # the name in the file: what a mean over seeds is taken of
+    group: str = ""            # `group` in the file: ranked apart, and a colour or a curve of its own in the figure
+    along: str | None = None   # the field that the figure draws the loss against
 
 
 def load_runs(path: str, overrides: dict | None = None) -> list[Config]:
@@ -1210,8 +1313,8 @@ def read_runs(path: str, overrides: dict | None = None, seeds: list | None = Non
     shared, overrides = read_file(path, scale), overrides or {}
     if "runs" not in shared:
         require(not seeds, f"{path} is one run: --seeds is for sweeps, use --seed")
-        return [Trial("", "", "", make_config(shared | overrides, f"out/{Path(path).stem}", overrides))]
-    entries, in_file = shared.pop("runs"), shared.pop("seeds", [])
+        return [Trial(make_config(shared | overrides, f"out/{Path(path).stem}", overrides))]
+    entries, in_file, along = shared.pop("runs"), shared.pop("seeds", []), shared.pop("along", None)
     seeds = seeds or in_file
     require(isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries),
             f"{path}: runs must be a list of dict(name=..., field=...)")
@@ -1221,6 +1324,11 @@ def read_runs(path: str, overrides: dict | None = None, seeds: list | None = Non
     folder = overrides.get("out_dir") or shared.get("out_dir") or f"out/{Path(path).stem}"
     runs = [make_run(entry, seed, f"-s{seed}" if len(seeds) > 1 else "", shared, overrides, folder)
             for entry in entries for seed in seeds or [None]]
+    for run in runs:
+        run.along = along
+    numbers = [getattr(run.config, str(along), None) for run in runs]
+    require(along is None or all(type(n) in (int, float) for n in numbers),
+            f"{path}: along = {along!r} must be a field that is a number in every run, such as 'd_expert'")
     names = [run.name for run in runs]
     twice = [name for name in names if names.count(name) > 1]
     require(not twice, f"{path} has two runs named {twice and twice[0]}")
@@ -1241,7 +1349,7 @@ def make_run(entry: dict, seed: int | None, suffix: str, shared: dict, overrides
         config = make_config(values if seed is None else values | {"seed": seed}, "", own | overrides)
     except BadInput as error:
         raise BadInput(f"run {model}: {error}") from None
-    return Trial(model + suffix, model, group, config)
+    return Trial(config, model + suffix, model, group)
 
 
 def select(runs: list[Trial], only: list[list[str]] | None) -> list[Trial]:
@@ -1252,19 +1360,40 @@ def select(runs: list[Trial], only: list[list[str]] | None) -> list[Trial]:
     return [run for run in runs if not wanted or run.name in wanted or run.model in wanted]
 
 
-def print_plans(runs: list[Trial]) -> None:
-    """The table of --dry_run. Nothing is allocated for it, whatever the size."""
-    names, flops = [Path(run.config.out_dir).name for run in runs], 0
-    width = max(map(len, names))
+def dry_run(runs: list[Trial], as_json: bool) -> None:
+    """A row a run, and of a single one its sizes in full; nothing is allocated for it, whatever the size.
+
+    as_json: count() and memory() of the run, of a sweep a list of them.
+    """
+    costs = [(run, count(c), memory(c, c.micro_batch, c.dtype), budget(c)) for run in runs for c in [run.config]]
+    if as_json:
+        found = [({"name": run.name} if run.name else {}) | sizes | {"memory": need} for run, sizes, need, _ in costs]
+        print(json.dumps(found if runs[0].name else found[0]))
+        return
+    width = max(len(Path(run.config.out_dir).name) for run in runs)
     print(f"{'run':{width}}      total     active         tokens    FLOPs    memory  fits here")
-    for name, run in zip(names, runs):
-        config, sizes, free = run.config, plan(run.config), free_memory(run.config.device)
-        need = memory(config, config.micro_batch, config.dtype)["total"]
-        fits = "yes" if need <= free else f"no, {config.device} has {free / 2**30:.1f} GiB free"
-        print(f"{name:{width}} {sizes['n_total'] / 1e6:9,.2f}M {sizes['n_active'] / 1e6:9,.2f}M "
-              f"{sizes['tokens']:14,} {sizes['flops']:8.2e} {need / 2**30:5.2f} GiB  {fits}", flush=True)
-        flops += sizes["flops"]
-    print(f"{len(runs)} runs, {flops:.3g} FLOPs; parameters include embeddings, counted as each run ties them")
+    for run, _, need, cost in costs:
+        free = free_memory(run.config.device)
+        fits = "yes" if need["total"] <= free else f"no, {run.config.device} has {free / 2**30:.1f} GiB free"
+        print(f"{Path(run.config.out_dir).name:{width}} {cost['n_total'] / 1e6:9,.2f}M {cost['n_active'] / 1e6:9,.2f}M "
+              f"{cost['tokens']:14,} {cost['flops']:8.2e} {need['total'] / 2**30:5.2f} GiB  {fits}", flush=True)
+    total = sum(cost["flops"] for *_, cost in costs)
+    print(f"{len(runs)} run{'s'[:len(runs) - 1]}, {total:.3g} FLOPs; parameters include embeddings, counted as each "
+          "run ties them")
+    if not runs[0].name:
+        print_sizes(*costs[0][1:3])
+
+
+def print_sizes(sizes: dict[str, int], need: dict[str, int]) -> None:
+    """Parameters by the three ways to count them, FLOPs, and the memory of a training step, item by item."""
+    print(f"\n{'parameters':26s} {'total':>12s} {'active':>12s} {'active / total':>15s}")
+    for label, suffix, less in (("tied, with embeddings", "", 0), ("untied, with embeddings", "_untied", 0),
+                                ("without embeddings", "", sizes["embedding"])):
+        total, active = sizes["total" + suffix] - less, sizes["active" + suffix] - less
+        print(f"{label:26s} {f'{total / 1e6:,.1f}M':>12s} {f'{active / 1e6:,.1f}M':>12s} {active / total:>15.1%}")
+    print(f"\ntraining FLOPs a token     {sizes['flops_per_token']:>12.4g}\n\nmemory of a training step, GiB")
+    for name, n in need.items():
+        print(f"  {name:24s} {n / 2**30:>12.2f}")
 
 
 # --- sweeps: running ---
@@ -1311,7 +1440,7 @@ def run_all(chosen: list[Trial], parallel: int) -> None:
     """Keep `parallel` processes busy until all have ended. Ctrl-C and SIGTERM are passed on, once: the runs save."""
     waiting = [run for run in chosen if run.config.overwrite or outcome(run)[0] not in RESULTS]
     print(f"{len(chosen)} runs, {len(chosen) - len(waiting)} of them have a result; {parallel} at once", flush=True)
-    work = {run.name: plan(run.config)["flops"] for run in waiting}        # the time left goes by it
+    work = {run.name: budget(run.config)["flops"] for run in waiting}        # the time left goes by it
     stop, told, begin, n, done = catch_signals(), False, time.monotonic(), len(waiting), 0
     slots, live = list(range(parallel)), []
     while live or (waiting and not stop):
@@ -1435,7 +1564,7 @@ def summarise(folder: Path, runs: list[Trial]) -> None:
         groups.setdefault(row["group"], {}).setdefault(row["model"], []).append(row)
     tables = "\n\n".join(ranking(group, models) for group, models in groups.items())
     write_text_file(folder / "summary.md", f"# {folder.name}\n\n{tables}\n")
-    draw_summary(folder, groups, swept_field(runs))
+    draw_summary(folder, groups, runs[0].along)
     print(f"\n{tables}\n\n{folder}/ holds summary.csv, summary.md and summary.png")
 
 
@@ -1446,8 +1575,8 @@ def differing(runs: list[Trial]) -> list[str]:
 
 
 def table_row(run: Trial, names: list[str]) -> dict:
-    """Sizes, tokens, steps and FLOPs are the plan's; loss, seconds, speed and memory are there once a run is done."""
-    (status, reason, result), sizes = outcome(run), plan(run.config)
+    """Sizes, tokens, steps and FLOPs are the config's; loss, seconds, speed and memory are there once a run is done."""
+    (status, reason, result), sizes = outcome(run), budget(run.config)
     return {"name": run.name, "model": run.model, "group": run.group, "seed": run.config.seed, "status": status,
             "reason": reason, "loss": result.get("loss"), "bits_per_byte": result.get("bits_per_byte"),
             "total": sizes["n_total"], "active": sizes["n_active"],
@@ -1504,26 +1633,8 @@ def comparison(rows: list[dict]) -> str:
     return "; ".join([said, *unequal]) + "."
 
 
-def swept_field(runs: list[Trial]) -> str | None:
-    """The field to draw the loss against: a number that tells a group's runs apart. Of several that move together (to
-    stay at one active size, say) the last in Config's order: the width of an expert, not the number.
-
-    None where the runs of a group differ in more than one direction, or in something that is no number.
-    """
-    found = None
-    for group in {run.group for run in runs}:
-        members = [*{run.model: run for run in runs if run.group == group}.values()]
-        names = differing(members)
-        for name in names:
-            values = [getattr(run.config, name) for run in members]
-            if not all(type(value) in (int, float) for value in values) or len({*values}) < len(values):
-                return None
-        found = [name for name in names if found is None or name in found] if names else found
-    return found[-1] if found else None
-
-
 def draw_summary(folder: Path, groups: dict, field: str | None) -> None:
-    """A dot a run and the mean over seeds: along the swept field if there is one, else in a row a model."""
+    """A dot a run and the mean over seeds: against the field the sweep goes along, or in a row a model."""
     plt, n = pyplot(), sum(map(len, groups.values()))
     figure, axis = plt.subplots(figsize=(7, 4.5) if field else (8, 1.2 + 0.3 * n), layout="constrained")
     if field:
@@ -1547,11 +1658,7 @@ def draw_curves(axis, groups: dict, field: str) -> None:
         curve = sorted((rows[0][field], losses(rows)) for rows in models.values())
         means = [(x, statistics.fmean(ys)) for x, ys in curve if ys]
         axis.plot([x for x, ys in curve for _ in ys], [y for _, ys in curve for y in ys], "o", color=f"C{i}", alpha=0.5)
-        best = optimum(means)
-        label = group + (f", best {best[0]:.2g}" if best else "")           # the star: by a parabola in log x
-        axis.plot([x for x, _ in means], [y for _, y in means], color=f"C{i}", label=label)
-        if best:
-            axis.plot(*best, "*", color=f"C{i}", ms=12, mec="black", mew=0.5)
+        axis.plot([x for x, _ in means], [y for _, y in means], color=f"C{i}", label=group)
     rows = [row for models in groups.values() for runs in models.values() for row in runs]
     values = sorted({row[field] for row in rows})
     for x in values:
@@ -1564,16 +1671,6 @@ def draw_curves(axis, groups: dict, field: str) -> None:
         axis.set_xticks(values, [f"{value:g}" for value in values], fontsize=8)
         axis.set_xticks([], minor=True)
     axis.set(xlabel=field, ylabel="validation cross-entropy, nats per token")
-
-
-def optimum(means: list[tuple[float, float]]) -> tuple[float, float] | None:
-    """(x, loss) at the bottom of the parabola in log x through the mean losses; None if it has none among them."""
-    if len(means) < 4 or means[0][0] <= 0:
-        return None
-    x, loss = np.log([x for x, _ in means]), np.array([loss for _, loss in means])
-    a, b, c = np.polyfit(x, loss, 2)
-    bottom = -b / (2 * a) if a > 0 else math.inf
-    return (math.exp(bottom), c - b * b / (4 * a)) if x[0] < bottom < x[-1] else None
 
 
 def draw_rows(axis, groups: dict) -> None:
@@ -1594,31 +1691,39 @@ def draw_rows(axis, groups: dict) -> None:
 
 def main(argv: list[str]) -> None:
     if argv[:1] == ["draw"]:
-        return redraw([Path(name) for name in argv[1:]])
+        return draw(argv[1:])
     if argv[:1] == ["--run"]:
         sys.exit(train_alone(Config(**json.loads(argv[1]))))
     args, given = parse_command_line(argv)
     runs = read_runs(args.config, given, args.seeds, args.scale)
+    require(args.dry_run or not args.json, "--json prints sizes: give it --dry_run")
     if args.dry_run:
-        return print_plans(select(runs, args.only))
+        return dry_run(select(runs, args.only), args.json)
     if runs[0].name:
         sys.exit(sweep(args, runs))
     require(not (args.report or args.only or args.parallel is not None), f"{args.config} is one run, not a sweep")
     sys.exit(run(runs[0].config))
 
 
-def redraw(runs: list[Path]) -> None:
+def draw(argv: list[str]) -> None:
     """The figures of each run folder once more; of several, their losses in one picture beside the first."""
-    require(bool(runs), "draw what? name the folders of runs, such as out/tiny")
-    for out in runs:
+    parser = Parser(allow_abbrev=False, prog="train.py draw", description="the figures of runs again")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of runs, such as out/tiny")
+    parser.add_argument("--text", help="a text, or a file of it: the experts that its tokens visit in the first folder")
+    args = parser.parse_args(argv)
+    if args.text is not None:
+        return show_routing(args.folders[0], Path(args.text).read_text(errors="replace") if is_file(args.text)
+                            else args.text)
+    for out in args.folders:
         require((out / "log.jsonl").is_file(), f"{out} has no log.jsonl: draw takes folders of runs, such as out/tiny")
         logged = {name for line in read_log(out) for name in line}
         require({"ce", "val_ce"} <= logged, f"the run in {out} has too little in its log to draw")
         draw_figures(out)
-    if len(runs) > 1:
-        path = runs[0].parent / f"{'-'.join(out.name for out in runs)}.png"
-        draw_loss(runs, path)
-        print(f"drew {path}, and the figures in {', '.join(map(str, runs))}")
+    print(f"drew the figures in {', '.join(map(str, args.folders))}")
+    if len(args.folders) > 1:
+        path = args.folders[0].parent / f"{'-'.join(out.name for out in args.folders)}.png"
+        draw_loss(args.folders, path)
+        print(f"and both losses in {path}")
 
 
 if __name__ == "__main__":

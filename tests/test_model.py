@@ -81,14 +81,7 @@ def test_training_flops_are_six_a_parameter_and_causal_attention():
     assert sizes["flops_per_token"] == 6 * sizes["active"] + 6 * 2 * (4 * 16) * 24
 
 
-def test_sizes_of_a_config_print_as_a_table_and_as_json(capsys):
-    m.main(["configs/large_moe_1p3b.py"])
-    table = capsys.readouterr().out
-    assert "1,083.2M" in table and "781.2M" in table and "1,394.4M" in table
-    m.main(["configs/large_moe_1p3b.py", "--json"])
-    sizes = json.loads(capsys.readouterr().out)
-    assert set(sizes) == {"total", "active", "total_untied", "active_untied", "embedding", "flops_per_token", "memory"}
-    assert sizes["memory"]["total"] == sum(n for name, n in sizes["memory"].items() if name != "total")
+def test_a_config_has_no_text_to_write():
     with pytest.raises(BadInput, match="is a config, and text needs what it trains"):
         m.main(["configs/large_moe_1p3b.py", "--prompt", "def "])
 
@@ -808,28 +801,23 @@ TEXT = "def route(logits, config):\n    return 'naïve' + \"☃ 雪\"   # 12345 
 
 
 @pytest.mark.parametrize("pattern", [None, m.QWEN_PATTERN], ids=["GPT-2's split", "Qwen's split"])
-def test_a_folders_tokenizer_json_gives_the_ids_its_own_library_gives(pattern, tmp_path):
+def test_a_folders_tokenizer_json_gives_its_librarys_ids_and_reads_them_back(pattern, tmp_path):
     theirs = save_tokenizer(tmp_path / "hf", TEXT, pattern)
-    ours = m.hf_tokenizer(tmp_path / "hf")
+    ours = m.FolderTokenizer(tmp_path / "hf")
     for text in (TEXT, "unseen Ωmega\r\n  x=1;", " leading", "a"):
-        assert ours.encode_ordinary(text) == theirs.encode(text).ids
-        assert ours.decode(ours.encode_ordinary(text)) == text
+        ids, read = ours.encode_ordinary(text), m.reader(ours)
+        assert ids == theirs.encode(text).ids and "".join(map(read, ids)) == text
     assert ours.eot_token == theirs.token_to_id("<|endoftext|>") and ours.n_vocab == theirs.get_vocab_size()
+    assert ours.eot_token not in ours.encode_ordinary("<|endoftext|>"), "a text cannot smuggle a special token in"
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda f: f["model"].update(type="Unigram"), "byte-level BPE"), (lambda f: f.update(model=None), "byte-level BPE"),
-    (lambda f: f["model"]["merges"].reverse(), "order of its merges"),
-    (lambda f: f.update(normalizer={"type": "Lowercase"}), "Lowercase"),
-    (lambda f: f["pre_tokenizer"].update(type="Whitespace"), "byte-level BPE"),
-])
-def test_a_tokenizer_that_tiktoken_cannot_hold_is_one_clear_line(damage, message, tmp_path):
-    save_tokenizer(tmp_path, TEXT, None)
-    file = json.loads((tmp_path / "tokenizer.json").read_text())
-    damage(file)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
-    with pytest.raises(BadInput, match=message):
-        m.hf_tokenizer(tmp_path)
+def test_a_folder_without_a_readable_tokenizer_is_one_clear_line(tmp_path):
+    with pytest.raises(BadInput, match="has no tokenizer"):
+        m.FolderTokenizer(tmp_path)
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BadInput, match="is no tokenizer"):
+        m.FolderTokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("shard", [None, "100KB"], ids=["one file", "sharded"])
@@ -850,57 +838,14 @@ def test_a_folder_that_transformers_wrote_continues_a_prompt_with_its_own_greedy
     m.main([str(folder), "--prompt", prompt, "--tokens", "12", "--temperature", "0"])
     written = capsys.readouterr().out.removesuffix("\n")
     made = theirs.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)[0]
-    assert written == m.hf_tokenizer(folder).decode_bytes(made.tolist()).decode("utf-8", "replace")
+    read = m.reader(m.FolderTokenizer(folder))
+    assert written == prompt + "".join(map(read, made[ids.shape[1]:].tolist()))
 
 
-# --- see the routing ------------------------------------------------------------------------------------------------
-
-
-def test_every_token_has_a_kind():
-    kinds = {b" the": "lower case", b"The": "upper case", b"  ": "space", b"\n": "line break", b" 7": "digit",
-             b"(": "bracket", b'"': "quote", b"+=": "other sign", "\u2603".encode(): "not ASCII", b"\t": "space",
-             b"\xff": "not ASCII"}
-    assert {token: m.kind_of(token) for token in kinds} == kinds
-
-
-def test_the_routing_picture_holds_each_tokens_first_expert_and_the_share_of_each_kind(tmp_path):
-    model = Model(small(vocab_size=264)).init_weights(0).eval()
-    text = "def f(x):\n    return x + 1\n" * 3                       # longer than seq_len: read in pieces
-    m.show_routing(tmp_path, model, m.load_tokenizer("bytes"), text)
-    result = json.loads((tmp_path / "routing.json").read_text())
-    assert "".join(result["tokens"]) == text and (tmp_path / "routing.png").stat().st_size > 10_000
-    experts, share = torch.tensor(result["experts"]), torch.tensor(result["share"])
-    assert experts.shape == (2, len(text)) and share.shape == (2, 8, len(result["kinds"]))
-    ids = torch.tensor([list(text.encode()[:24])])
-    with torch.no_grad():
-        x = model.embed(ids)
-        block = model.blocks[0]
-        x = x + m.attend(block.attn_norm(x), block.attn, m.rope_tables(0, 24, model.config, "cpu"), None)
-        best = (block.ffn_norm(x)[0] @ block.ffn.gate.T).argmax(-1)
-    assert torch.equal(experts[0, :24], best)
-    spaces = [i for i, c in enumerate(text) if c == " "]
-    expected = experts[1, spaces].bincount(minlength=8) / len(spaces)
-    torch.testing.assert_close(share[1, :, result["kinds"].index("space")], expected)
-
-
-def test_a_token_that_no_expert_served_has_no_first_expert():
-    model = Model(small(router="expert_choice", top_k=1)).init_weights(0).eval()
-    ids = list(range(24))
-    first = m.first_experts(model, ids)
-    plans = []
-    hook = model.blocks[0].ffn.register_forward_hook(lambda module, inputs, out: plans.append(out[1]))
-    model(torch.tensor([ids]))
-    hook.remove()
-    idle = plans[0].weights.amax(1) == 0
-    assert idle.any() and (first[0, idle] == -1).all() and (first[0, ~idle] >= 0).all()
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_is_one_clear_line(tmp_path):
+def test_a_tokenizer_with_more_tokens_than_the_model_is_one_clear_line():
     model = Model(small(vocab_size=97)).init_weights(0).eval()
     with pytest.raises(BadInput, match="token 122"):
         list(m.write_text(model, m.load_tokenizer("bytes"), "xyz", 3))
-    with pytest.raises(BadInput, match="token 122"):
-        m.show_routing(tmp_path, model, m.load_tokenizer("bytes"), "xyz")
 
 
 def test_a_text_too_long_for_a_file_name_is_a_text():

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import model
 import scaling
 from scaling import EXPERTS, FORMS, Law, Runs, Surface, fit, law_size, many, optimum, paper_runs
 
@@ -233,9 +234,9 @@ def test_erratum_8_the_rounding_of_table_2_alone_moves_the_crossovers():
 
 def test_the_two_readings_of_equation_7_differ_as_stated_at_width_512():
     total = law_size(512, 8)
-    by_text, by_code = scaling.peak_rates(total - 2 * 512 * 50257, total, 1)
+    by_text, by_code = model.peak_rates(total - 2 * 512 * 50257, total, 1)
     assert f"{by_text / by_code:.2f} times less at d = 512" in ERRATA
-    assert scaling.peak_rates(1e9, 1e9, 16)[0] == pytest.approx(
+    assert model.peak_rates(1e9, 1e9, 16)[0] == pytest.approx(
         math.exp(8.39 - 0.81 * math.log(1e9) - 0.25 * math.log(16)))
 
 
@@ -535,7 +536,7 @@ def test_a_plan_becomes_a_config_that_the_trainer_accepts(tmp_path, capsys):
     assert best["interval"][0] < best["loss"] < best["interval"][1]
     assert best["loss"] == pytest.approx(float(Law().loss(best["n_active"], best["tokens"], E)))
     assert [best["learning_rate"], best["learning_rate_authors_code"]] == pytest.approx(
-        scaling.peak_rates(lean, best["n_active"], E))
+        model.peak_rates(lean, best["n_active"], E))
     assert loaded.learning_rate == pytest.approx(best["learning_rate"], rel=1e-3)
     assert sum(row["chance_best"] for row in best["rows"]) == pytest.approx(1)
 

@@ -20,6 +20,7 @@ import torch
 
 import model as m
 import train as t
+from router import BadInput
 
 ROOT = Path(t.__file__).parent
 SHARED = dict(n_layer=2, d_model=32, n_head=2, n_kv_head=1, d_head=16, n_expert=4, top_k=2, d_expert=16, vocab_size=264,
@@ -341,22 +342,20 @@ def test_the_line_above_a_ranking_says_what_the_finished_runs_have_in_common(tok
     assert "nothing to compare" in t.comparison(rows[:1])
 
 
-@pytest.mark.parametrize("runs, field", [
-    ([dict(name="a", learning_rate=1e-3), dict(name="b", learning_rate=1e-2)], "learning_rate"),
-    ([dict(name="a", n_expert=4, d_expert=32), dict(name="b", n_expert=8, d_expert=16)], "d_expert"),
-    ([dict(name="a", top_k=1), dict(name="b", top_k=2), dict(name="c", top_k=2, d_expert=8)], None),
-    ([dict(name="a", router="softmax"), dict(name="b", router="sigmoid")], None),
-    ([dict(name=f"{g}{k}", group=g, d_expert=d, top_k=k) for g, d in (("x", 8), ("y", 16)) for k in (1, 2)], "top_k"),
-])
-def test_runs_along_one_number_are_drawn_against_it(runs, field, folder):
-    write(*runs, seeds=[1, 2])
-    found = t.read_runs("sweep.py")
+@pytest.mark.parametrize("field", ["d_expert", None])
+def test_runs_are_drawn_against_the_field_that_the_file_goes_along_or_in_rows(field, folder, monkeypatch):
+    write(dict(name="a", d_expert=32), dict(name="b", d_expert=16), dict(name="c"), seeds=[1, 2], along=field)
+    found, drawn = t.read_runs("sweep.py"), []
     for i, run in enumerate(found):
         if i != 1:
             finish(run, 2.0 + 0.1 * i)
-    assert t.swept_field(found) == field
+    for name in ("draw_curves", "draw_rows"):
+        draw = getattr(t, name)
+        monkeypatch.setattr(t, name, lambda *args, name=name, draw=draw: drawn.append(name) or draw(*args))
+    assert [run.along for run in found] == [field] * 6
     t.summarise(Path("out/sweep"), found)
     assert Path("out/sweep/summary.png").stat().st_size > 5000
+    assert drawn == ["draw_curves" if field else "draw_rows"]
 
 
 # --- the architecture search ----------------------------------------------------------------------------------------
@@ -415,9 +414,8 @@ def test_a_group_is_as_equal_as_its_name_says(path):
         assert group in t.comparison([row for row in rows if row["group"] == group])
 
 
-def test_the_best_value_of_a_swept_field_is_the_bottom_of_a_parabola_in_its_logarithm():
-    curve = lambda x: 2 + 0.1 * (math.log(x) - math.log(24)) ** 2
-    x, loss = t.optimum([(x, curve(x)) for x in (4, 8, 16, 32, 64)])
-    assert x == pytest.approx(24) and loss == pytest.approx(2)
-    assert t.optimum([(x, curve(x)) for x in (2, 4, 8, 16)]) is None                 # its bottom lies outside
-    assert t.optimum([(x, -curve(x)) for x in (4, 8, 16, 32, 64)]) is None and t.optimum([(4, 1.0), (8, 1.1)]) is None
+@pytest.mark.parametrize("field", ["d_experts", "router", "capacity_factor", 3])
+def test_a_sweep_along_something_that_is_no_number_is_refused(field):
+    write(dict(name="a"), along=field)
+    with pytest.raises(BadInput, match="along"):
+        t.read_runs("sweep.py")

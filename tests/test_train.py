@@ -96,6 +96,11 @@ def refused(command):
     return run
 
 
+def lengths_of(tokenizer, vocab_size: int) -> torch.Tensor:
+    texts = t.token_texts(tokenizer)
+    return torch.tensor([len(text) for text in texts] + [0] * (vocab_size - len(texts)))
+
+
 def tiny(**changes) -> t.Config:
     return t.read_config("tiny.py", changes)
 
@@ -512,7 +517,7 @@ def test_every_token_counts_with_the_bytes_it_stands_for():
     """tiktoken lists its tokens in alphabetical order, not by number."""
     write_ranks("mine.tiktoken", 100)
     tokenizer = m.load_tokenizer("mine.tiktoken")
-    lengths = t.bytes_per_token(tokenizer, 400)
+    lengths = lengths_of(tokenizer, 400)
     assert lengths[:356].tolist() == [len(tokenizer.decode_single_token_bytes(i)) for i in range(356)]
     assert lengths[356:].sum() == 0, "end-of-text and padding stand for no text"
 
@@ -520,7 +525,7 @@ def test_every_token_counts_with_the_bytes_it_stands_for():
 def test_a_tokenizer_with_a_gap_in_its_numbers_counts_right():
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 257}
     gap = tiktoken.Encoding("gap", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
-    assert t.bytes_per_token(gap, 260)[255:].tolist() == [1, 0, 2, 0, 0]
+    assert lengths_of(gap, 260)[255:].tolist() == [1, 0, 2, 0, 0]
 
 
 def test_the_same_tokens_in_another_order_are_another_tokenizer():
@@ -554,7 +559,7 @@ class Given(t.Corpus):
     def __init__(self, config: t.Config, tokens: np.ndarray):
         self.config = config
         self.train = self.val = t.Shards([tokens], config.seq_len)
-        self.token_bytes = t.bytes_per_token(m.load_tokenizer("bytes"), config.vocab_size)
+        self.token_bytes = lengths_of(m.load_tokenizer("bytes"), config.vocab_size)
 
 
 def batches(n_tokens: int = 32 * 10 + 1, **changes) -> Given:
@@ -1209,8 +1214,21 @@ def test_figures_can_be_drawn_again_for_one_run_and_for_several(command, figures
     Path("out/begun").mkdir()
     Path("out/begun/log.jsonl").write_text("")
     for bad in (["draw"], ["draw", "out/nowhere"], ["draw", "out/begun"]):
-        with pytest.raises(BadInput, match="run"):
+        with pytest.raises(BadInput, match="run|folders"):
             t.main(bad)
+
+
+def test_the_sizes_of_a_config_print_as_a_table_and_as_json(capsys):
+    path = str(ROOT / "configs/large_moe_1p3b.py")
+    t.main([path, "--dry_run"])
+    table = capsys.readouterr().out
+    assert "1,083.2M" in table and "781.2M" in table and "1,394.4M" in table and "1 run, " in table
+    t.main([path, "--dry_run", "--json"])
+    sizes = json.loads(capsys.readouterr().out)
+    assert set(sizes) == {"total", "active", "total_untied", "active_untied", "embedding", "flops_per_token", "memory"}
+    assert sizes["memory"]["total"] == sum(n for name, n in sizes["memory"].items() if name != "total")
+    t.main([str(ROOT / "configs/slicing/shared.py"), "--dry_run", "--json", "--only=routed-4"])
+    assert [run["name"] for run in json.loads(capsys.readouterr().out)] == ["routed-4-s1", "routed-4-s2", "routed-4-s3"]
 
 
 def test_untied_embeddings_are_counted_in_the_results(command):
@@ -1311,6 +1329,50 @@ def test_a_compiled_model_learns_the_same(command):
     assert command("--max_steps=4")[0] == 0
     assert command("--max_steps=4", "--compile", "--out_dir=out/compiled")[0] == 0
     assert log("out/compiled")[-1]["val_ce"] == pytest.approx(log()[-1]["val_ce"], abs=1e-4)
+
+
+# --- see the routing ------------------------------------------------------------------------------------------------
+
+
+def test_every_token_has_a_kind():
+    kinds = {" the": "lower case", "The": "upper case", "  ": "space", "\n": "line break", " 7": "digit",
+             "(": "bracket", '"': "quote", "+=": "other sign", "\u2603": "not ASCII", "\t": "space",
+             "\ufffd": "not ASCII"}
+    assert {token: t.kind_of(token) for token in kinds} == kinds
+
+
+def test_the_routing_picture_holds_each_tokens_first_expert_and_the_share_of_each_kind(command):
+    assert command("--max_steps=1")[0] == 0
+    text = "def f(x):\n    return x + 1\n" * 3                       # longer than seq_len: read in pieces
+    Path("text.txt").write_text(text)
+    t.main(["draw", "out/tiny", "--text", "text.txt"])
+    model, _ = m.load_run("out/tiny")
+    result = json.loads(Path("out/tiny/routing.json").read_text())
+    assert "".join(result["tokens"]) == text and Path("out/tiny/routing.png").stat().st_size > 10_000
+    experts, share = torch.tensor(result["experts"]), torch.tensor(result["share"])
+    assert experts.shape == (2, len(text)) and share.shape == (2, 4, len(result["kinds"]))
+    ids = torch.tensor([list(text.encode()[:32])])
+    with torch.no_grad():
+        x = model.embed(ids)
+        block = model.blocks[0]
+        x = x + m.attend(block.attn_norm(x), block.attn, m.rope_tables(0, 32, model.config, "cpu"), None)
+        best = (block.ffn_norm(x)[0] @ block.ffn.gate.T).argmax(-1)
+    assert torch.equal(experts[0, :32], best)
+    spaces = [i for i, c in enumerate(text) if c == " "]
+    expected = experts[1, spaces].bincount(minlength=4) / len(spaces)
+    torch.testing.assert_close(share[1, :, result["kinds"].index("space")], expected)
+
+
+def test_a_token_that_no_expert_served_has_no_first_expert():
+    model = Model(tiny(router="expert_choice", top_k=1)).init_weights(0).eval()
+    ids = list(range(32))
+    first = t.first_experts(model, ids)
+    plans = []
+    hook = model.blocks[0].ffn.register_forward_hook(lambda module, inputs, out: plans.append(out[1]))
+    model(torch.tensor([ids]))
+    hook.remove()
+    idle = plans[0].weights.amax(1) == 0
+    assert idle.any() and (first[0, idle] == -1).all() and (first[0, ~idle] >= 0).all()
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------

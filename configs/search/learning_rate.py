@@ -29,5 +29,6 @@ eval_interval = 500
 eval_tokens = 65_536
 checkpoint_interval = 500
 
+along = "learning_rate"
 runs = [dict(name=f"lr{rate}", learning_rate=float(rate))
         for rate in "5e-6 1e-5 2e-5 3e-5 5e-5 1e-4 3e-4 5e-4 1e-3".split()]

@@ -24,6 +24,7 @@ eval_tokens = 131_072
 log_interval = 100
 checkpoint_interval = 400 * scale
 seeds = [1, 2, 3]
+along = "n_expert"
 
 top_k = 4
 _ratios = {32: (1, 2, 4, 8, 16, 32, 64, 128), 64: (1, 4, 16, 128)}

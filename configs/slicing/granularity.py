@@ -2,7 +2,7 @@
 #
 # Source    "Slicing and Dicing" (Li 2026), finding 2: the best width depends on the active size, hardly on the total.
 # Here      a token passes 2 D hidden units in a layer, as 1, 2, 4, 8 or 16 experts of 2 D ... D / 8, of eight times as
-#           many; D = 32, 64, 96; two seeds each. The best width is read off a parabola in log width for each size.
+#           many; D = 32, 64, 96; two seeds each.
 # Run       python train.py configs/slicing/granularity.py --parallel=2          (--scale=8 --parallel on GPUs)
 # Scale     512,000 tokens of Python source a run; `scale`, 1 unless given, widens and lengthens.
 
@@ -23,6 +23,7 @@ eval_tokens = 131_072
 log_interval = 100
 checkpoint_interval = 250 * scale
 seeds = [1, 2]
+along = "d_expert"
 
 _active = {32: (1, 2, 4, 8, 16), 64: (1, 2, 4, 8, 16), 96: (1, 2, 4, 8)}
 runs = [dict(name=f"d{d}-top{k}", group=f"d_model {d * scale}", d_model=d * scale, n_head=d * scale // 16,

@@ -30,5 +30,6 @@ checkpoint_interval = 500
 
 out_dir = "out/small_learning_rate"
 seeds = [1, 2]
+along = "learning_rate"
 runs = [dict(name=f"lr{rate}", learning_rate=float(rate))
         for rate in "5e-5 1e-4 2e-4 3e-4 5e-4 1e-3 3e-3 5e-3 1e-2".split()]
