@@ -315,6 +315,7 @@ import gzip
 import hashlib
 import inspect
 import json
+import linecache
 import os
 import platform
 import re
@@ -327,6 +328,7 @@ import time
 import types
 import typing
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
 
 from model import (
@@ -334,21 +336,28 @@ from model import (
     COMPILED,
     FAST,
     PLAIN,
+    Attention,
+    Block,
+    MoE,
+    attend,
     count,
+    experts,
     ids_of,
     is_file,
     load_model,
     load_run,
     load_tokenizer,
+    loss,
     memory,
     optional,
     reader,
     use,
+    using,
     validate,
     whole_groups,
     write_text,
 )
-from router import BadInput, Parser, RouterConfig, closest, require, run_script
+from router import POLICIES, BadInput, Parser, RouterConfig, closest, place, require, route, run_script
 
 # --- the configuration, checked ---
 
@@ -1689,9 +1698,81 @@ def draw_rows(axis, groups: dict) -> None:
     axis.set_xlabel("validation cross-entropy, nats per token")
 
 
+# --- one token's journey ---
+
+
+def trace(argv: list[str]) -> None:
+    """Run the lesson's own code on a text, and print beside each line on the way what it makes of the last token."""
+    parser = Parser(allow_abbrev=False, prog="train.py trace", description="one token's way from vector to loss")
+    parser.add_argument("folder", type=Path, help="a run with experts, such as out/tiny, or a Hugging Face folder")
+    parser.add_argument("--text", default="import os", help="the token before its last one is followed")
+    args = parser.parse_args(argv)
+    model, tokenizer = load_run(args.folder)
+    ids = ids_of(args.text, tokenizer, model)
+    require(len(ids) > 1, "--text needs two tokens or more: the last is what the one before it should foresee")
+    require(model.config.n_expert > 1, f"{args.folder} holds a model without experts: there is no routing to follow")
+    read = [reader(tokenizer)(i) for i in ids]
+    print(f"token {len(ids) - 2} of the text, {read[-2]!r}, and the next, {read[-1]!r}, in the first layer that has "
+          "experts:\na line as it ran, the shape of what it made, and this token's first numbers in it\n")
+    policy = POLICIES[model.config.router]
+    follow_lines([Model.forward, Block.forward, attend, Attention.project, MoE.forward, route, policy, place, experts,
+                  loss], partial(model, torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])), len(ids) - 1)
+    odds = model(torch.tensor([ids[:-1]])).logits[0, -1].softmax(-1).topk(3)
+    print("\nlikeliest next: " + ", ".join(f"{reader(tokenizer)(int(i))!r} {p:.1%}" for p, i in zip(*odds)))
+
+
+def follow_lines(functions: list[Callable], call: Callable, n_token: int) -> None:
+    """Call by the plain table, and print each line of these functions that makes a tensor, once, as it has run."""
+    codes = {inspect.unwrap(function).__code__ for function in functions}
+    assignments = {(file, n): node for file in {code.co_filename for code in codes}
+                   for node in ast.walk(ast.parse(Path(file).read_text())) if isinstance(node, ast.Assign)
+                   for n in range(node.lineno, node.end_lineno + 1)}
+    e_loop = {done for done in assignments.values() if ast.unparse(done.targets[0]) == "(gate, up)"}
+    before, seen = {}, set()
+
+    def enter(frame, event, arg):
+        dense = frame.f_code is Block.forward.__code__ and not frame.f_locals["self"].moe
+        return line if frame.f_code in codes and not dense else None
+
+    def line(frame, event, arg):
+        done, file = before.get(frame), frame.f_code.co_filename
+        before[frame] = now = assignments.get((file, frame.f_lineno))
+        of_token = done not in e_loop or frame.f_locals["e"] == frame.f_locals["routing"].experts[-1, 0]
+        if done and done is not now and done not in seen and of_token:           # of all experts: the token's first
+            seen.add(done)
+            show(frame, done)
+        return line
+
+    def show(frame, done):
+        names = [node.id for target in done.targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+        values = [f"{name} {numbers(frame.f_locals[name], n_token)}" for name in names
+                  if isinstance(frame.f_locals.get(name), (Tensor, tuple))]
+        if values:
+            source = linecache.getline(frame.f_code.co_filename, done.lineno).partition("  # ")[0].strip()
+            where = f"{Path(frame.f_code.co_filename).name}:{done.lineno}"
+            print(f"{where:13s} {source[:84]:84s} {'; '.join(values)}")
+
+    with using(PLAIN), torch.no_grad():
+        sys.settrace(enter)
+        try:
+            call()
+        finally:
+            sys.settrace(None)
+
+
+def numbers(value: Tensor | tuple, n_token: int) -> str:
+    """The shape of a tensor, and the first of its numbers that belong to the last token; of a tuple, what it holds."""
+    if not isinstance(value, Tensor):
+        return f"{len(value)} of {'x'.join(map(str, value[0].shape))}"
+    axis = next((i for i, size in enumerate(value.shape[:3]) if size == n_token), 0)      # of tokens, or of rows
+    own = value[(0,) * axis][-1] if value.dim() > 1 else value       # (an expert's last row is of the last token)
+    shape = "x".join(map(str, value.shape)) or "scalar"
+    return f"{shape}: {' '.join(f'{x:.3g}' for x in own.flatten()[:3].tolist())}"
+
+
 def main(argv: list[str]) -> None:
-    if argv[:1] == ["draw"]:
-        return draw(argv[1:])
+    if argv[:1] in (["draw"], ["trace"]):
+        return {"draw": draw, "trace": trace}[argv[0]](argv[1:])
     if argv[:1] == ["--run"]:
         sys.exit(train_alone(Config(**json.loads(argv[1]))))
     args, given = parse_command_line(argv)

@@ -1214,7 +1214,7 @@ def test_figures_can_be_drawn_again_for_one_run_and_for_several(command, figures
     Path("out/begun").mkdir()
     Path("out/begun/log.jsonl").write_text("")
     for bad in (["draw"], ["draw", "out/nowhere"], ["draw", "out/begun"]):
-        with pytest.raises(BadInput, match="run|folders"):
+        with pytest.raises(BadInput, match=r"run|folders"):
             t.main(bad)
 
 
@@ -1229,6 +1229,29 @@ def test_the_sizes_of_a_config_print_as_a_table_and_as_json(capsys):
     assert sizes["memory"]["total"] == sum(n for name, n in sizes["memory"].items() if name != "total")
     t.main([str(ROOT / "configs/slicing/shared.py"), "--dry_run", "--json", "--only=routed-4"])
     assert [run["name"] for run in json.loads(capsys.readouterr().out)] == ["routed-4-s1", "routed-4-s2", "routed-4-s3"]
+
+
+def test_one_tokens_journey_is_read_off_the_running_lines(command, capsys):
+    assert command("--max_steps=1")[0] == 0
+    t.main(["trace", "out/tiny", "--text", "import os"])
+    out = capsys.readouterr().out
+    model, _ = m.load_run("out/tiny")
+    ids = torch.tensor([list(b"import o")])
+    with torch.no_grad():
+        vector, found = model.embed(ids)[0, -1], []
+        with m.using(m.PLAIN._replace(route=lambda *args: found.append(m.route(*args)) or found[-1])):
+            logits, ce = model(ids).logits[0, -1], model(ids, torch.tensor([list(b"mport os")])).ce
+    routing = found[0]
+    for name, own in {"x 1x8x32": vector, "weights 8x2": routing.weights[-1], "experts 8x2": routing.experts[-1],
+                      "ce scalar": ce}.items():
+        assert f"{name}: {' '.join(f'{x:.3g}' for x in own.flatten()[:3].tolist())}" in out, name
+    rows = int(routing.counts[routing.experts[-1, 0]])
+    assert f"gate {rows}x16: " in out and f"{chr(int(logits.argmax()))!r} " in out.splitlines()[-1]
+    lines = [line for line in out.splitlines() if line.startswith(("model.py:", "router.py:"))]
+    for line in lines:                                               # each stands in the file as it is printed
+        file, number = line.split()[0].split(":")
+        assert (ROOT / file).read_text().splitlines()[int(number) - 1].strip().startswith(line[13:60].strip())
+    assert len(lines) > 25 and len({line.split()[0] for line in lines}) == len(lines)
 
 
 def test_untied_embeddings_are_counted_in_the_results(command):
