@@ -1718,7 +1718,8 @@ def trace(argv: list[str]) -> None:
     follow_lines([Model.forward, Block.forward, attend, Attention.project, MoE.forward, route, policy, place, experts,
                   loss], partial(model, torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])), len(ids) - 1)
     odds = model(torch.tensor([ids[:-1]])).logits[0, -1].softmax(-1).topk(3)
-    print("\nlikeliest next: " + ", ".join(f"{reader(tokenizer)(int(i))!r} {p:.1%}" for p, i in zip(*odds)))
+    print("\nlikeliest next: " + ", ".join(f"{reader(tokenizer)(int(i)) or chr(0xfffd)!r} {p:.1%}"
+                                            for p, i in zip(*odds)))
 
 
 def follow_lines(functions: list[Callable], call: Callable, n_token: int) -> None:

@@ -1,5 +1,7 @@
 """The lesson is a program: router.py, model.py and train.py, cut at their Part 2 lines, train, write and continue."""
 
+import ast
+import io
 import json
 import os
 import random
@@ -7,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -145,3 +148,35 @@ def test_what_the_lesson_does_not_know_is_one_line(place, word):
 
 def test_a_cut_file_imports_only_what_it_uses(place):
     subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select=F", place / "lesson"], check=True)
+
+
+# --- the house ------------------------------------------------------------------------------------------------------
+
+FILES = ("router.py", "model.py", "train.py", "scaling.py", "bench.py")
+MAY_IMPORT = {"router": (), "model": ("router",), "train": ("router", "model"), "scaling": ("model",),
+              "bench": ("router", "model", "train")}
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_imports_run_one_way_lazy_ones_too(name):
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    assert found & MAY_IMPORT.keys() <= set(MAY_IMPORT[name])
+
+
+def test_names_that_comments_and_docstrings_mention_exist():
+    words, mentioned = {"nanoGPT"}, {}
+    for file in FILES:
+        for token in tokenize.generate_tokens(io.StringIO((ROOT / file).read_text()).readline):
+            if token.type == tokenize.NAME or (token.type == tokenize.STRING and "\n" not in token.string):
+                words |= set(re.findall(r"\w+", token.string))
+            prose = token.type == tokenize.COMMENT or (token.type == tokenize.STRING and '"""' in token.string)
+            pattern = r"`([A-Za-z_][\w.]*)`|\b(?:see|in) ([a-z]\w*_\w+|[A-Z]\w+\.\w+)"
+            for name in re.findall(pattern, token.string * prose):
+                mentioned["".join(name)] = f"{file}:{token.start[0]}"
+    lost = {name: where for name, where in mentioned.items() if not set(name.split(".")) - {"py"} <= words}
+    assert not lost and len(mentioned) > 20

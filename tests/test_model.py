@@ -673,6 +673,36 @@ def test_outside_training_nothing_is_counted():
     assert (model.blocks[0].ffn.load == 0).all()
 
 
+# --- memory ---
+
+KEPT = {"as it is": {}, "top-1": dict(top_k=1), "shared": dict(d_shared=64, shared_gate=True),
+        "widths": dict(expert_groups=[(3, 16), (5, 48)]), "dense": dict(n_expert=1, top_k=1, d_expert=96),
+        "recomputed": dict(recompute=True), "expert choice": dict(router="expert_choice"),
+        "no norm of q and k": dict(qk_norm=False), "many experts": dict(n_expert=64, d_expert=8)}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_activations_that_memory_counts_are_those_that_autograd_saves(name):
+    """In float32, a layer, within 15%: of six layers less those of two, so that what is kept once falls out."""
+
+    def saved(config: ModelConfig) -> int:
+        model, kept = Model(config).init_weights(0), {}
+        own = {p.data_ptr() for p in model.parameters()}
+
+        def pack(x):
+            if x.data_ptr() not in own:
+                kept[x.untyped_storage().data_ptr()] = x                 # alive: no other gets its address
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(tokens(4, 64), tokens(4, 64, 1))
+        return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+    two, six = (small(**KEPT[name] | dict(n_layer=layers, seq_len=64)) for layers in (2, 6))
+    counted = m.memory(six, 4)["activations"] - m.memory(two, 4)["activations"]
+    assert saved(six) - saved(two) == pytest.approx(counted, rel=0.15)
+
+
 # --- causality ------------------------------------------------------------------------------------------------------
 
 
