@@ -562,8 +562,8 @@ class Experts(torch.autograd.Function):
         x, weight, token, slot, offsets, *rest = ctx.saved_tensors
         matrices, kept = rest[:ctx.n_matrix], rest[ctx.n_matrix:]
         dmatrices = [torch.empty_like(w) for w in matrices]
-        dx, dweight = x.new_empty(len(token), x.shape[1]), torch.empty_like(weight[:, 0])
-        dy = dy.to(x.dtype)
+        dx, dy = x.new_empty(len(token), x.shape[1]), dy.to(x.dtype)
+        dweight = x.new_empty(len(token), dtype=torch.float32)
         for i, p in enumerate(pieces(x, token, slot, offsets, matrices, dmatrices)):
             x_p, dy_p = take(p, x), take(p, dy)
             dy_p[p.n:] = 0                                         # the next experts' rows, if finite, add nothing here
@@ -572,7 +572,7 @@ class Experts(torch.autograd.Function):
             outer(p, dh, x_p, p.dw_in)
             outer(p, dy_p, a, p.dw_out)
             dx = put(p, product(p, dh, p.w_in.mT), dx)
-        return combine(dx, slot), dweight.float()[slot], None, None, None, None, *dmatrices
+        return combine(dx, slot), dweight[slot], None, None, None, None, *dmatrices
 
 
 class Piece(NamedTuple):
