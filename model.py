@@ -884,7 +884,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from router import POLICIES, BadInput, Parser, closest, require, run_script
+from router import POLICIES, BadInput, Parser, closest, require, require_each, run_script
 
 
 def is_file(name: str) -> bool:
@@ -910,11 +910,14 @@ def whole_groups(pairs) -> list[tuple[int, int]]:
 
 def validate(config: ModelConfig) -> None:
     """Raise BadInput at the first value no model can have."""
-    for name in ("n_layer", "d_model", "n_head", "n_kv_head", "d_head", "n_expert", "top_k", "d_expert",
-                 "vocab_size", "seq_len", "max_seq_len", "rope_base", "norm_eps", "init_scale"):
-        require(0 < getattr(config, name) < 2**31, f"{name} = {getattr(config, name)} must be positive, below 2**31")
-    for name in ("aux_coef", "z_coef", "bias_rate", "router_noise", "d_shared", "first_dense_layers"):
-        require(getattr(config, name) >= 0, f"{name} = {getattr(config, name)} must not be negative")
+    require_each(config, "n_layer d_model n_head n_kv_head d_head n_expert top_k d_expert vocab_size seq_len "
+                 "max_seq_len rope_base norm_eps init_scale", lambda n: 0 < n < 2**31, "be positive, below 2**31")
+    require_each(config, "aux_coef z_coef bias_rate router_noise d_shared first_dense_layers", lambda n: n >= 0,
+                 "not be negative")
+    require_each(config, "capacity_factor eval_capacity_factor", lambda n: n > 0, "be positive, or None for no limit")
+    require_each(config, "top_p", lambda p: 0 < p <= 1, "be above 0, at most 1")
+    scopes = ("micro_batch", "sequence", "global")
+    require_each(config, "balance_scope", scopes.__contains__, f"be one of {', '.join(scopes)}")
     require(config.top_k <= config.n_expert, f"top_k = {config.top_k} must be 1 to n_expert = {config.n_expert}")
     require(config.n_head % config.n_kv_head == 0,
             f"n_head = {config.n_head} must be a multiple of n_kv_head = {config.n_kv_head}")
@@ -932,13 +935,6 @@ def validate(config: ModelConfig) -> None:
             f"bias_rate = {config.bias_rate}: router = {config.router!r} has no bias to choose by")
     require(config.router != "expert_choice" or config.capacity_factor is config.eval_capacity_factor is None,
             "router = 'expert_choice' has a capacity of its own: leave capacity_factor and eval_capacity_factor")
-    scopes = ("micro_batch", "sequence", "global")
-    require(config.balance_scope in scopes,
-            f"balance_scope = {config.balance_scope!r} must be one of {', '.join(scopes)}")
-    for name in ("capacity_factor", "eval_capacity_factor"):
-        value = getattr(config, name)
-        require(value is None or value > 0, f"{name} = {value} must be positive, or None for no limit")
-    require(0 < config.top_p <= 1, f"top_p = {config.top_p} must be above 0, at most 1")
     require(config.first_dense_layers < config.n_layer,
             f"first_dense_layers = {config.first_dense_layers} must be 0 to n_layer - 1 = {config.n_layer - 1}")
     require(config.d_shared == 0 or config.n_expert > 1, "d_shared needs experts: with n_expert = 1 widen d_expert")

@@ -806,6 +806,13 @@ def require(ok: bool, message: str) -> None:
         raise BadInput(message)
 
 
+def require_each(config, names: str, fits: Callable, must: str) -> None:
+    """Each of these fields must fit; None is no limit."""
+    for name in names.split():
+        value = getattr(config, name)
+        require(value is None or fits(value), f"{name} = {value!r} must {must}")
+
+
 def closest(word: str, known) -> str:
     """', did you mean X?' when a known name is near, else ''."""
     near = difflib.get_close_matches(word, list(known), 1)

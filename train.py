@@ -357,7 +357,7 @@ from model import (
     whole_groups,
     write_text,
 )
-from router import POLICIES, BadInput, Parser, RouterConfig, closest, place, require, route, run_script
+from router import POLICIES, BadInput, Parser, RouterConfig, closest, place, require, require_each, route, run_script
 
 # --- the configuration, checked ---
 
@@ -365,20 +365,15 @@ from router import POLICIES, BadInput, Parser, RouterConfig, closest, place, req
 def validate_run(config: Config) -> None:
     """Raise BadInput at the first value that cannot be trained with."""
     validate(config)
-    for name in ("max_steps", "max_tokens", "micro_batch", "learning_rate", "eval_interval", "eval_tokens",
-                 "log_interval", "checkpoint_interval"):
-        value = getattr(config, name)
-        require(value is None or value > 0, f"{name} = {value} must be positive")
-    for name in ("min_learning_rate", "warmup", "decay", "weight_decay", "grad_clip", "seed"):
-        require(getattr(config, name) >= 0, f"{name} = {getattr(config, name)} must not be negative")
-    require(config.seed < 2**32, f"seed = {config.seed} must be less than 2**32")
-    for name in ("dataset", "tokenizer"):
-        require(0 < len(getattr(config, name)) < 1000, f"{name} must be a name of 1 to 1000 characters")
-    for name in ("beta1", "beta2"):
-        require(0 <= getattr(config, name) < 1, f"{name} = {getattr(config, name)} must be in [0, 1)")
+    require_each(config, "max_steps max_tokens micro_batch learning_rate eval_interval eval_tokens log_interval "
+                 "checkpoint_interval", lambda n: n > 0, "be positive")
+    require_each(config, "min_learning_rate warmup decay weight_decay grad_clip seed", lambda n: n >= 0,
+                 "not be negative")
+    require_each(config, "seed", lambda n: n < 2**32, "be less than 2**32")
+    require_each(config, "dataset tokenizer", lambda text: 0 < len(text) < 1000, "be a name of 1 to 1000 characters")
+    require_each(config, "beta1 beta2", lambda x: 0 <= x < 1, "be in [0, 1)")
     for name, allowed in (("schedule", ("cosine", "constant")), ("dtype", ("float32", "bfloat16"))):
-        value = getattr(config, name)
-        require(value in allowed, f"{name} = {value!r} must be one of {', '.join(allowed)}")
+        require_each(config, name, allowed.__contains__, f"be one of {', '.join(allowed)}")
     require(config.min_learning_rate <= config.learning_rate,
             f"min_learning_rate = {config.min_learning_rate} must not exceed learning_rate = {config.learning_rate}")
     unit, starts = config.micro_batch * config.seq_len, [start for start, _ in ramp(config)]
@@ -878,10 +873,8 @@ def peak_memory(device: str) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from giving freed memory back to the kernel, to get it again, zeroed page by page, at the next step.
-
-    On a CPU that is up to a tenth of a step: compare results/step_cpu.json with results/step_keep_memory_cpu.json.
-    """
+    """Stop glibc from giving freed memory back to the kernel, to get it again, zeroed page by page, at the next step:
+    on a CPU up to a tenth of it (compare results/step_cpu.json with results/step_keep_memory_cpu.json)."""
     mallopt, trim_threshold, mmap_max = getattr(ctypes.CDLL(None), "mallopt", None), -1, -4             # see malloc.h
     if mallopt:
         mallopt(trim_threshold, -1), mallopt(mmap_max, 0)
