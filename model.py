@@ -482,7 +482,7 @@ class Normalize(torch.autograd.Function):
 
 def has_onednn(x: Tensor, w: Tensor) -> bool:
     """Whether oneDNN multiplies x (n, i) @ w (o, i).T: in float32 on a CPU with AVX-512, whole tiles alone."""
-    whole = x.numel() > 0 and not (x.shape[0] % TILE or x.shape[1] % TILE or len(w) % TILE)
+    whole = x.dim() == 2 and len(x) > 0 and not (len(x) % TILE or x.shape[1] % TILE or len(w) % TILE)
     return AVX512 and whole and on_cpu(x, w)
 
 
@@ -522,9 +522,9 @@ def weight_gradient(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
 
 def fast_attend(x: Tensor, w: Attention, rope: tuple, cache: Cache | None) -> Tensor:
     """`attend`, which keeps nothing for backward but x if config.recompute asks for it."""
-    if w.config.recompute and torch.is_grad_enabled():
-        return checkpoint(attend, x, w, rope, cache, use_reentrant=False)
-    return attend(x, w, rope, cache)
+    if not (w.config.recompute and torch.is_grad_enabled()):
+        return attend(x, w, rope, cache)
+    return checkpoint(using(OPS)(attend), x, w, rope, cache, use_reentrant=False)
 
 
 # --- the expert layer ---
@@ -564,14 +564,15 @@ class Experts(torch.autograd.Function):
         dmatrices = [torch.empty_like(w) for w in matrices]
         dx, dy = x.new_empty(len(token), x.shape[1]), dy.to(x.dtype)
         dweight = x.new_empty(len(token), dtype=torch.float32)
-        for i, p in enumerate(pieces(x, token, slot, offsets, matrices, dmatrices)):
-            x_p, dy_p = take(p, x), take(p, dy)
-            dy_p[p.n:] = 0                                         # the next experts' rows, if finite, add nothing here
-            h = kept[i] if kept else product(p, x_p, p.w_in)
-            dh, a, dweight[p.rows] = swiglu_backward(h, product(p, dy_p, p.w_out.mT), weight[p.rows])
-            outer(p, dh, x_p, p.dw_in)
-            outer(p, dy_p, a, p.dw_out)
-            dx = put(p, product(p, dh, p.w_in.mT), dx)
+        with torch.autocast(x.device.type, enabled=False):           # the precision was chosen forward
+            for i, p in enumerate(pieces(x, token, slot, offsets, matrices, dmatrices)):
+                x_p, dy_p = take(p, x), take(p, dy)
+                dy_p[p.n:] = 0                                     # the next experts' rows, if finite, add nothing here
+                h = kept[i] if kept else product(p, x_p, p.w_in)
+                dh, a, dweight[p.rows] = swiglu_backward(h, product(p, dy_p, p.w_out.mT), weight[p.rows])
+                outer(p, dh, x_p, p.dw_in)
+                outer(p, dy_p, a, p.dw_out)
+                dx = put(p, product(p, dh, p.w_in.mT), dx)
         return combine(dx, slot), dweight[slot], None, None, None, None, *dmatrices
 
 
@@ -842,6 +843,7 @@ class Decoder:
 
     def __call__(self, model: Model, tokens: Tensor, cache: Cache) -> Tensor:
         if cache.used == 0 or tokens.shape[1] > 1:
+            assert self.source is not cache, "after a first single token each step is one token"
             return next_logits(model, tokens, cache)
         if self.source is not cache:
             self.source, self.cache, self.graph = cache, StaticCache(cache), None

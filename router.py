@@ -323,12 +323,13 @@ def top_p(logits: Tensor, config: RouterConfig, context: Context) -> Choice:
     A sure token weighs one expert, an unsure one several. Places behind the m-th are unused: computed, at weight 0.
     Experts a token, on average: K times the sum of stats["load"].
     """
-    experts = top_k(preference(logits, torch.softmax, config, context), config.top_k)
+    noisy = preference(logits, torch.softmax, config, replace(context, bias=None))
+    experts = top_k(noisy, config.top_k)
+    p = noisy.softmax(-1).gather(1, experts)                                      # (N, K), descending
     probs = logits.softmax(-1)
-    p = probs.gather(1, experts)                                                  # (N, K)
     used = p.cumsum(-1) - p < config.top_p                                        # not reached before this one
     chosen = logits.gather(1, experts).where(used, -torch.inf)
-    weights = chosen.softmax(-1) if config.renormalize else p.where(used, 0.0)
+    weights = chosen.softmax(-1) if config.renormalize else probs.gather(1, experts).where(used, 0.0)
     return Choice(experts, weights, probs, used)
 
 

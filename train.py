@@ -78,16 +78,18 @@ PART_2 = ("tokenizer", "compile", "plain", "init_from", "overwrite", "recompute"
 def load_config(path: str, words: list[str] = ()) -> Config:
     """A flat Python file, then words --name=value, which win. Part 2 has a way that checks types and values, too."""
     defaults = {f.name: f.default for f in fields(Config)}
-    names = {name: value for name, value in runpy.run_path(path).items() if not name.startswith("_")}
+    kinds = (int, float, str, list, type(None))                                  # (a file may import and compute)
+    names = {k: v for k, v in runpy.run_path(path).items() if not k.startswith("_") and isinstance(v, kinds)}
     for word in words:
         name, _, value = word.removeprefix("--").partition("=")
-        names[name] = value if isinstance(defaults.get(name), str) else ast.literal_eval(value)
+        names[name] = value if isinstance(defaults.get(name), str) else ast.literal_eval(value or "None")
     for name, value in names.items():
         if name not in defaults:
             refuse(f"{name} is no config field")
         if (name in PART_2 and value != defaults[name]) or (name == "batch_tokens" and isinstance(value, list)):
             refuse(f"{name} = {value!r} is for the whole train.py; the lesson knows {defaults[name]!r} alone")
-    return Config(**{"out_dir": f"out/{Path(path).stem}"} | names).resolve()
+    names["out_dir"] = names.get("out_dir") or f"out/{Path(path).stem}"
+    return Config(**names).resolve()
 
 
 def refuse(message: str) -> None:
@@ -351,7 +353,6 @@ from model import (
     memory,
     optional,
     reader,
-    use,
     using,
     validate,
     whole_groups,
@@ -919,7 +920,8 @@ class Ended(Exception):
 def run(config: Config) -> int:
     """Train, and keep the run as Run does; returns the exit code: 0 done or interrupted and saved, or DIVERGED."""
     try:
-        train(config, Run, Corpus)
+        with using(PLAIN if config.plain else COMPILED if config.compile else FAST):
+            train(config, Run, Corpus)
     except Ended as end:
         return end.code
     return 0
@@ -939,7 +941,6 @@ class Run(Keeper):
             print(f"{config.out_dir} is finished after {data.steps} steps; --overwrite starts anew")
             raise Ended(0)
         keep_freed_memory()
-        use(PLAIN if config.plain else COMPILED if config.compile else FAST)
         if config.device.startswith("cuda"):
             torch.cuda.set_device(config.device)                            # Triton launches on the current device
 
@@ -1758,9 +1759,11 @@ def numbers(value: Tensor | tuple, n_token: int) -> str:
     """The shape of a tensor, and the first of its numbers that belong to the last token; of a tuple, what it holds."""
     if not isinstance(value, Tensor):
         return f"{len(value)} of {'x'.join(map(str, value[0].shape))}"
+    shape = "x".join(map(str, value.shape)) or "scalar"
+    if value.dim() == 4 and value.shape[1] == value.shape[2]:
+        return shape                                                 # as many heads as tokens: which axis is which?
     axis = next((i for i, size in enumerate(value.shape[:3]) if size == n_token), 0)      # of tokens, or of rows
     own = value[(0,) * axis][-1] if value.dim() > 1 else value       # (an expert's last row is of the last token)
-    shape = "x".join(map(str, value.shape)) or "scalar"
     return f"{shape}: {' '.join(f'{x:.3g}' for x in own.flatten()[:3].tolist())}"
 
 
