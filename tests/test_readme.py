@@ -38,7 +38,7 @@ def test_every_picture_page_and_result_it_links_is_in_the_repository():
 
 
 def test_the_losses_it_quotes_are_those_of_the_committed_runs():
-    results = {name: json.loads((ROOT / "results" / name / "result.json").read_text()) for name in ("tiny", "tiny_dense")}
+    results = {name: json.loads((ROOT / f"results/{name}/result.json").read_text()) for name in ("tiny", "tiny_dense")}
     for name, result in results.items():
         row = re.search(rf"^\| `configs/{name}\.py` \|.*$", README, re.M)[0]
         assert f"{result['loss']:.4f}" in row and f"{result['bits_per_byte']:.4f}" in row
@@ -57,7 +57,8 @@ def test_the_expert_layer_it_shows_is_the_one_in_model_py():
 def test_the_lines_of_the_journey_stand_in_the_files():
     lines = re.findall(r"^(model|router)\.py:(\d+) +(\S.{30})", README, re.M)
     for file, number, source in lines:
-        assert (ROOT / f"{file}.py").read_text().splitlines()[int(number) - 1].strip().startswith(source.rstrip()), number
+        line = (ROOT / f"{file}.py").read_text().splitlines()[int(number) - 1]
+        assert line.strip().startswith(source.rstrip()), number
     assert len(lines) > 10
 
 
