@@ -440,7 +440,7 @@ def transformers_steps(ours: Model, tokens: Tensor) -> Calls:
         theirs = copy.deepcopy(loaded).to(DEVICE).train()
         theirs.set_experts_implementation(name.split(",")[0])
         with torch.no_grad(), autocast():
-            compare(name, ours(tokens).logits, theirs(tokens).logits, 0.1 if GPU else 2e-2)     # near ties may turn around
+            compare(name, ours(tokens).logits, theirs(tokens).logits, 0.1 if GPU else 2e-2)    # a near tie may turn
         call = torch.compile(theirs, dynamic=False) if "compiled" in name else theirs
         output = partial(call, tokens, labels=tokens, output_router_logits=True)
         steps[f"transformers {name}"] = optimizer_step(theirs, lambda output=output: output().loss, theirs.parameters())
@@ -543,7 +543,7 @@ def decode_row(run: Config, rate) -> dict:
 
 def distinct(runs: list[Config], key: Callable) -> list[Config]:
     """The first run of each key: a sweep may repeat a model for other seeds or another training."""
-    return list({key(run): run for run in reversed(runs)}.values())[::-1]
+    return [run for i, run in enumerate(runs) if key(run) not in map(key, runs[:i])]
 
 
 def shape(run: Config) -> str:
@@ -599,7 +599,7 @@ def measured_peak(config: Config, estimate) -> tuple[int | None, str]:
             return process.submit(peak_of_steps, config).result(), "done"
         except Exception as error:                                # the system kills a process without a word
             oom = isinstance(error, (BrokenExecutor, torch.OutOfMemoryError)) or "not enough memory" in str(error)
-            return None, "out of memory" if oom else f"failed: {type(error).__name__}: {error}"[:88]
+            return None, "out of memory" if oom else f"failed: {type(error).__name__}: {error}".splitlines()[0][:88]
 
 
 def peak_of_steps(config: Config) -> int:

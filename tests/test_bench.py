@@ -270,7 +270,8 @@ def test_a_figure_is_drawn_from_the_json_alone_and_bench_says_how(tmp_path, caps
     assert f"{path} is written; `python results/draw.py {path}` draws it" in capsys.readouterr().out
     assert not path.with_suffix(".png").exists()
     rows = [{"name": name, "seconds": 1.0, "tokens_per_s": 10.0} for name in ("ours", "floor")]
-    grid = [{"name": "1 x 8", "estimate": 1.0, "measured": None, "status": "out of memory"}]
+    grid = [{"name": "1 x 8", "estimate": 1.0, "measured": None, "status": "out of memory"},
+            {"name": "1 x 4", "estimate": 1.0, "measured": 2.0, "status": "done"}]
     parts = {"step": {"results": [{"name": "small", "rows": rows}]}, "memory": {"rows": grid}}
     (tmp_path / "two.json").write_text(json.dumps({"conditions": {"device": "a CPU"}, "benchmarks": parts}))
     for name in ("product_cpu", "hardware", "memory_large_cpu"):       # product: a benchmark that is no more
