@@ -107,13 +107,12 @@ def test_on_a_gpu_the_peers_that_are_installed_compute_what_our_layer_computes()
 
 
 def test_the_floor_of_a_step_counts_every_matrix_product_of_the_model(monkeypatch):
-    config = bench.ModelConfig(n_layer=2, d_model=32, n_head=2, n_kv_head=1, d_head=16, n_expert=4, top_k=2,
-                               d_expert=24, vocab_size=64, seq_len=16)
+    config = bench.ModelConfig(**SMALL | {"n_layer": 2})
     flops, mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, **out: flops.append(2 * a.numel() * b.shape[1]) or mm(a, b, **out))
     monkeypatch.setattr(bench, "FAST", bench.FAST._replace(linear=lambda a, w: torch.mm(a, w.t())))
     bench.model_products(config, 2)()
-    norms = 2 * (2 * 32 + 2 * 16) + 32
+    norms = 2 * (2 * 16 + 2 * 8) + 16
     assert sum(flops) == 6 * (2 * 16) * (bench.count(config)["active"] - norms)
 
 
@@ -152,18 +151,14 @@ def test_memory_measures_a_cell_in_a_process_of_its_own(tmp_path):
     (ValueError("no such thing"), "failed: ValueError: no such thing"),
     (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"), (BrokenExecutor("killed"), "out of memory"),
     (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), "out of memory")])
-def test_a_cell_that_fails_says_why(error, says, monkeypatch):
+def test_a_cell_that_fails_says_why_and_one_larger_than_this_machine_is_not_started(error, says, monkeypatch):
     def fail(config):
         raise error
 
+    monkeypatch.setattr(bench, "free_memory", lambda device: 2 * 2**30)
     monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *how: ThreadPoolExecutor(1))
     monkeypatch.setattr(bench, "peak_of_steps", fail)
-    assert bench.measured_peak(train.Config(**SMALL), 0) == (None, says)
-
-
-def test_a_cell_larger_than_this_machine_is_not_started(monkeypatch):
-    monkeypatch.setattr(bench, "free_memory", lambda device: 2 * 2**30)
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", None)
+    assert bench.measured_peak(train.Config(**SMALL), 2 * 2**30) == (None, says)
     assert bench.measured_peak(train.Config(**SMALL), 3 * 2**30) == (None, "not run here: 3.0 GiB")
 
 
@@ -176,9 +171,6 @@ def test_memory_of_a_sweep_takes_each_cell_once_names_its_model_and_may_only_est
     assert [(r["name"], r["estimate"], r["measured"], r["status"]) for r in rows] == [
         (name, bench.memory(config, 3, "bfloat16")["total"] / 2**30, None, "not run")
         for name, config in zip(("3 x 16, shallow", "3 x 16, deep", "3 x 32, long"), configs)]
-
-
-# --- hardware -------------------------------------------------------------------------------------------------------
 
 
 def card_row(gb: float, batch_tokens: int, bandwidth: float = 1e9, rate: float = 1e12) -> dict:
@@ -253,9 +245,6 @@ def test_bad_input_is_one_line_and_exit_code_2_before_anything_is_measured(argv,
     assert exit.value.code == 2
     error, = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and says in error
-
-
-# --- results/draw.py and results/search/source.md -------------------------------------------------------------------
 
 
 def draw(*paths) -> subprocess.CompletedProcess:
