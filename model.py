@@ -137,18 +137,18 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(start: int | Tensor, length: int, config: ModelConfig, device) -> tuple[Tensor, Tensor]:
-    """(cos, cos) and (-sin, sin) of position * base^(-2i / d_head), (T, d_head) float32 each, T = length positions."""
+    """cos and sin of position * base^(-2i / d_head), (T, 1, d_head / 2) float32 each, for T = length positions."""
     two_i = torch.arange(0, config.d_head, 2, device=device, dtype=torch.float32)
     position = start + torch.arange(length, device=device, dtype=torch.float32)
-    angle = position[:, None] * config.rope_base ** (-two_i / config.d_head)         # (T, d_head / 2)
-    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+    angle = position[:, None, None] * config.rope_base ** (-two_i / config.d_head)
+    return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (x_i, x_{i + d_head/2}) of x (B, H, T, d_head) by its angle: q.k then sees only the distance."""
+    """Turn each pair (x_i, x_{i + d_head/2}) of x (B, T, H, d_head) by its angle: q.k then sees only the distance."""
     cos, sin = rope[0].to(x.dtype), rope[1].to(x.dtype)
-    other = x.roll(x.shape[-1] // 2, -1)                                         # the other one of each pair
-    return torch.addcmul(x * cos, other, sin)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 class Cache:
@@ -190,8 +190,8 @@ class Attention(nn.Module):
         """x (B, T, D) -> queries (B, H, T, d_head) and keys, turned to their positions, and values, (B, H_kv, ...)."""
         qkv = OPS.linear(x, self.qkv.weight).unflatten(-1, (-1, self.config.d_head))
         q, k, v = qkv.split(self.heads, 2)                                       # (B, T, H or H_kv, d_head)
-        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
-        return rotate(q, rope), rotate(k, rope), v.transpose(1, 2)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class Dense(nn.Module):

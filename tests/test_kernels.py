@@ -65,7 +65,8 @@ def moved(n, k, d, dtype, device="cpu"):
     """Gather and combine with their gradients: name -> array. Values are small integers: exact in every dtype."""
     plan = router.place(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)).topk(k).indices, 8)
     slot = plan[3].to(device)
-    number = lambda *shape: (torch.arange(math.prod(shape)) * 7 % 11 - 5).view(shape).to(device, getattr(torch, dtype))
+    def number(*shape):
+        return (torch.arange(math.prod(shape)) * 7 % 11 - 5).view(shape).to(device, getattr(torch, dtype))
     x, rows = number(n, d).requires_grad_(), number(n * k, d).requires_grad_()
     out = {"gather": router.gather(x, slot), "combine": router.combine(rows, slot)}
     (out["d x"],) = torch.autograd.grad(out["gather"], x, rows)
@@ -76,7 +77,8 @@ def moved(n, k, d, dtype, device="cpu"):
 def activated(rows, width, dtype, device="cpu"):
     """SwiGLU with the combine weight folded in, and its gradients: name -> array."""
     kind, seeded = getattr(torch, dtype), lambda: torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=seeded()).to(device, kind)
+    def draw(*shape):
+        return torch.randn(shape, generator=seeded()).to(device, kind)
     h, weight, da = draw(rows, 2 * width), draw(rows, 1), draw(rows, width)
     out = (model.swiglu(h, weight), *model.swiglu_backward(h, da, weight))
     return [value.detach().float().cpu().numpy() for value in out]

@@ -786,8 +786,9 @@ def test_a_cache_can_be_filled_in_pieces():
 
 def test_sampling_is_a_function_of_the_seed_and_never_draws_padding():
     model = Model(small()).init_weights(0).eval()
-    draw = lambda seed: torch.cat(list(generate(model, torch.ones(1, 1, dtype=torch.int64), 30, temperature=5.0,
-                                                top_k=97, seed=seed, n_vocab=50))).tolist()
+    def draw(seed):
+        return torch.cat(list(generate(model, torch.ones(1, 1, dtype=torch.int64), 30, temperature=5.0,
+                                                    top_k=97, seed=seed, n_vocab=50))).tolist()
     assert draw(1) == draw(1) != draw(2)
     assert max(draw(1)) < 50
 
@@ -802,7 +803,8 @@ def test_positions_beyond_max_seq_len_are_refused():
 
 def test_a_quarter_million_positions_cost_no_memory_until_used():
     small_model, large = Model(small(max_seq_len=24)), Model(small(max_seq_len=262_144))
-    state = lambda model: sum(t.numel() for t in [*model.parameters(), *model.buffers()])
+    def state(model):
+        return sum(t.numel() for t in [*model.parameters(), *model.buffers()])
     assert state(small_model) == state(large)
 
 

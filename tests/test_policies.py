@@ -148,7 +148,8 @@ def test_unlearnt_routers_use_all_experts_alike_and_have_a_constant_balance_loss
 
 
 def test_random_draws_anew_each_time_and_again_from_the_same_seed():
-    draw = lambda seed: torch.manual_seed(seed) and route(random_logits(), RouterConfig("random", 3)).experts.tolist()
+    def draw(seed):
+        return torch.manual_seed(seed) and route(random_logits(), RouterConfig("random", 3)).experts.tolist()
     with torch.random.fork_rng():
         assert draw(0) == draw(0) != draw(1)
 
@@ -265,7 +266,8 @@ def test_under_a_capacity_no_later_token_evicts_an_earlier_one():
 def test_under_a_capacity_another_sequence_of_the_batch_and_its_size_do_change_a_tokens_output():
     config = RouterConfig("switch", 1, eval_capacity_factor=1.0)
     sequence, other, calm = two_experts(0.9, 0.8), two_experts(0.9, 0.9), two_experts(0.1, 0.1)
-    weights = lambda *sequences: route(torch.cat(sequences), config).weights.flatten()
+    def weights(*sequences):
+        return route(torch.cat(sequences), config).weights.flatten()
     close(weights(calm, sequence)[2:], [0.9, 0.8])
     close(weights(other, sequence)[2:], [0.0, 0.0])             # the sequence before it filled expert 0
     close(weights(sequence), [0.9, 0.0])                        # alone: C = 1
@@ -291,7 +293,8 @@ def test_the_balance_loss_of_two_sequences_that_are_skewed_against_each_other(sc
 
 def test_the_global_balance_loss_counts_the_earlier_micro_batches_of_the_step_and_only_in_training():
     config, load = RouterConfig("switch", 1, balance_scope="global"), torch.tensor([0, 6])
-    loss = lambda **context: route(SPLIT[:2], config, Context(**context)).losses["balance"].item()
+    def loss(**context):
+        return route(SPLIT[:2], config, Context(**context)).losses["balance"].item()
     assert loss(training=True, load=load) == pytest.approx(2 * (2 / 8 * 3 / 4 + 6 / 8 * 1 / 4))
     assert loss(training=True) == loss(load=load) == pytest.approx(1.5)
 
@@ -329,7 +332,8 @@ def test_the_bias_moves_one_step_against_the_load_and_stays_centred():
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 def test_the_bias_evens_a_skewed_load_without_any_loss(name):
     logits, bias = random_logits(512) + torch.linspace(1, -1, 7), torch.zeros(7)
-    skew = lambda: route(logits, RouterConfig(name, 2), Context(bias=bias)).demand
+    def skew():
+        return route(logits, RouterConfig(name, 2), Context(bias=bias)).demand
     before = skew()
     for _ in range(200):
         update_bias(bias, skew(), 0.005)

@@ -178,7 +178,8 @@ def test_the_losses_beside_the_articles_are_the_means_of_the_runs():
 
 def test_ratios_and_rank_correlations_of_the_claims():
     rows = {row["model"]: row for row in runs("search/architecture")}
-    ratio = lambda field, a, b: float(rows[a][field]) / float(rows[b][field])
+    def ratio(field, a, b):
+        return float(rows[a][field]) / float(rows[b][field])
     for phrase in (
         f"{ratio('flops', '1.3b', '1.3b-top2'):.1f} times the FLOPs",
         f"{ratio('active', '1.3b', '1b'):.1f} times the active parameters",

@@ -801,7 +801,8 @@ def test_a_bad_step_changes_neither_weights_nor_optimizer_and_is_counted(monkeyp
     step, unchanged = torch.optim.AdamW.step, []
 
     def spy(self, *args, **kwargs):
-        state = lambda: copy.deepcopy([*(group["params"] for group in self.param_groups), dict(self.state)])
+        def state():
+            return copy.deepcopy([*(group["params"] for group in self.param_groups), dict(self.state)])
         before = state() if len(unchanged) else None
         step(self, *args, **kwargs)
         unchanged.append(before is not None and same_values(before, state()))
@@ -888,7 +889,8 @@ def assert_same_run(out: str, reference: str) -> None:
     """Bit-identical weights and optimizer, and a log that differs only in clocks."""
     assert same(checkpoint(out), checkpoint(reference))
     clocks = {"tokens_per_s", "mfu", "memory", "seconds", "load"}        # load: on the last line of each flush
-    strip = lambda lines: [{k: v for k, v in line.items() if k not in clocks} for line in lines]
+    def strip(lines):
+        return [{k: v for k, v in line.items() if k not in clocks} for line in lines]
     assert strip(log(out)) == strip(log(reference))
 
 
