@@ -100,15 +100,13 @@ def refuse(message: str) -> None:
 # --- text to windows of tokens ---
 
 
-def documents(dataset: str) -> Iterator[bytes]:
-    """The text of each file, in a fixed order: of Python's library without its tests, or of a folder."""
-    stdlib = dataset == "stdlib"
-    root = Path(sysconfig.get_paths()["stdlib"]) if stdlib else Path(dataset)
-    leave = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"} if stdlib else set()
-    for path in sorted(root.rglob("*")):
-        text = path.suffix in ((".py",) if stdlib else (".txt", ".md", ".py"))
-        if text and path.is_file() and not leave & set(path.relative_to(root).parts):
-            yield path.read_bytes()
+def text_files(dataset: str) -> list[Path]:
+    """In a fixed order, the files of Python's library without its tests, or the texts of a folder."""
+    if dataset != "stdlib":
+        return [p for p in sorted(Path(dataset).rglob("*")) if p.suffix in (".txt", ".md", ".py") and p.is_file()]
+    root = Path(sysconfig.get_paths()["stdlib"])
+    leave = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    return [p for p in sorted(root.rglob("*.py")) if not leave & set(p.relative_to(root).parts)]
 
 
 END_OF_TEXT = 256               # behind each document; the tokens before it are the 256 bytes
@@ -150,7 +148,8 @@ class Data:
         unit, sides = config.micro_batch * config.seq_len, ([], [])              # sides: for training, for validation
         if (config.batch_tokens or unit) % unit:
             refuse(f"batch_tokens = {config.batch_tokens} is no multiple of micro_batch * seq_len = {unit}")
-        for text in documents(config.dataset):
+        for path in text_files(config.dataset):
+            text = path.read_bytes()
             sides[is_held_out(text)].append(np.array([*text, END_OF_TEXT], np.uint16))
         if not all(sum(map(len, side)) > config.seq_len for side in sides):
             refuse(f"dataset {config.dataset!r} is no folder with text enough to hold one document in 20 out")
@@ -316,6 +315,7 @@ import glob
 import gzip
 import hashlib
 import inspect
+import itertools
 import json
 import linecache
 import os
@@ -329,9 +329,9 @@ import struct
 import time
 import types
 import typing
+from bisect import bisect_left
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import pairwise
 
 from model import (
     CARDS,
@@ -358,7 +358,19 @@ from model import (
     whole_groups,
     write_text,
 )
-from router import POLICIES, BadInput, Parser, RouterConfig, closest, place, require, require_each, route, run_script
+from router import (
+    POLICIES,
+    BadInput,
+    Parser,
+    RouterConfig,
+    Routing,
+    closest,
+    place,
+    require,
+    require_each,
+    route,
+    run_script,
+)
 
 # --- the configuration, checked ---
 
@@ -466,18 +478,16 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     """(config file and options of sweeps, the fields that are given)."""
     parser = Parser(description="train a mixture-of-experts language model", allow_abbrev=False,
                     usage="python train.py CONFIG.py [--name=value ...]")
-    parser.add_argument("config", help="a flat Python file: one name = value a line (see configs/)")
-    parser.add_argument("--scale", type=lambda text: literal("scale", text), default=1,
-                        help="what the name `scale` stands for in the file")
-    parser.add_argument("--dry_run", action="store_true", help="only the sizes of each run, FLOPs, does it fit here")
-    parser.add_argument("--json", action="store_true", help="with --dry_run: the sizes as JSON")
-    sweeps = parser.add_argument_group("sweeps, files with several runs")
-    sweeps.add_argument("--report", action="store_true", help="only the summary of what there is so far")
-    sweeps.add_argument("--only", action="append", type=lambda text: text.split(","), help="only these runs")
-    sweeps.add_argument("--parallel", nargs="?", type=lambda text: literal("parallel", text), const=True,
-                        help="runs at once; no number: one a GPU")
-    sweeps.add_argument("--seeds", type=lambda text: [literal("seeds", seed) for seed in text.split(",")],
-                        help="repeat each run for these seeds")
+    add = parser.add_argument
+    add("config", help="a flat Python file: one name = value a line (see configs/)")
+    add("--scale", type=literal, default=1, help="what the name `scale` stands for in the file")
+    add("--dry_run", action="store_true", help="only the sizes of each run, FLOPs, does it fit here")
+    add("--json", action="store_true", help="with --dry_run: the sizes as JSON")
+    add = parser.add_argument_group("sweeps, files with several runs").add_argument
+    add("--report", action="store_true", help="only the summary of what there is so far")
+    add("--only", action="append", type=lambda text: text.split(","), help="only these runs")
+    add("--parallel", nargs="?", type=literal, const=True, help="runs at once; no number: one a GPU")
+    add("--seeds", type=lambda text: [*map(literal, text.split(","))], help="repeat each run for these seeds")
     meaning, known = field_help(), [action.dest for action in parser._actions]
     for f in fields(Config):
         text = f"{meaning[f.name]} (default {f.default!r})".replace("%", "%%")
@@ -487,13 +497,11 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         near = closest(unknown[0].lstrip("-").partition("=")[0], [*TYPES, *known])
         raise BadInput(f"unknown argument {unknown[0]}{near}")
     given = {name: value for name, value in vars(args).items() if name in TYPES and value is not None}
-    return args, {name: literal(name, value) for name, value in given.items()}
+    return args, {name: value if TYPES[name] is str else literal(value) for name, value in given.items()}
 
 
-def literal(name: str, text: str):
-    """A command-line word as Python reads it; for text fields, as it stands."""
-    if TYPES.get(name) is str:
-        return text
+def literal(text: str):
+    """A command-line word as Python reads it, or as it stands."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -509,9 +517,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet", ".bin"
 def source_files(dataset: str) -> list[Path]:
     """The files behind a dataset name, in a fixed order."""
     if dataset == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        leave = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-        return [p for p in sorted(root.rglob("*.py")) if not leave & set(p.relative_to(root).parts)]
+        return text_files(dataset)
     path = Path(dataset)
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name.endswith(TEXT_SUFFIXES)]
@@ -562,62 +568,49 @@ def json_text(path: Path, number: int, line: str) -> str:
     return text
 
 
-def prepare(config: Config, tokenizer) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Training and validation tokens as lists of memory-mapped arrays; text is tokenised once and kept under data/.
-
-    The sides are the lesson's: see is_held_out and split.
-    """
+def prepare(config: Config, tokenizer) -> list[list[np.ndarray]]:
+    """Training and validation tokens, memory-mapped; text is tokenised once and kept under data/."""
     files = source_files(config.dataset)
     if files[0].suffix == ".bin":
         return token_shards(files, config.dataset)
     listing = [[p.name, p.stat().st_size, 0 if config.dataset == "stdlib" else p.stat().st_mtime_ns] for p in files]
     vocabulary = repr((tokenizer.name, tokenizer.eot_token, token_texts(tokenizer)))
     manifest = {"dataset": config.dataset, "tokenizer": config.tokenizer, "files": listing,
-                "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest()}
+                "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
+                "dtype": "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"}
     key = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:12]
     folder = Path("data") / f"{Path(config.dataset).name.replace('*', '')}-{Path(config.tokenizer).stem}-{key}"
     if not (folder / "manifest.json").is_file():
         tokenise(files, tokenizer, folder, manifest)
-    sides = [[np.load(p, mmap_mode="r") for p in sorted(folder.glob(f"{name}-*.npy"))] for name in ("train", "val")]
-    return split(*sides, config.seq_len)
+    sides = [folder / "train.bin", folder / "val.bin"]
+    return split([np.memmap(p, manifest["dtype"], "r") if p.stat().st_size else np.zeros(0, np.uint16)
+                  for p in sides], config.seq_len)
 
 
-def split(train: list[np.ndarray], val: list[np.ndarray], seq_len: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Both sides as they are; of too few documents, the last twentieth of all is for validation."""
-    if min(sum(map(len, arrays)) for arrays in (train, val)) > seq_len:
-        return train, val
-    whole = np.concatenate([*train, *val]) if train or val else np.zeros(0, np.uint16)
-    cut = max(0, min(len(whole) * 19 // 20, len(whole) - seq_len - 1))
-    return [whole[:cut]], [whole[cut:]]
+def split(sides: list[np.ndarray], seq_len: int) -> list[list[np.ndarray]]:
+    """Both sides as they are (see is_held_out); of too few documents, the last twentieth of all is for validation."""
+    if min(map(len, sides)) <= seq_len:
+        whole = np.concatenate(sides)
+        cut = max(0, min(len(whole) * 19 // 20, len(whole) - seq_len - 1))
+        sides = [whole[:cut], whole[cut:]]
+    return [[side] for side in sides]
 
 
-def tokenise(files: list[Path], tokenizer, folder: Path, manifest: dict, shard: int = 50_000_000) -> None:
-    """Write train-*.npy, val-*.npy and manifest.json into a temporary folder, renamed when it is complete."""
+def tokenise(files: list[Path], tokenizer, folder: Path, manifest: dict) -> None:
+    """Write train.bin, val.bin and manifest.json into a temporary folder, renamed when it is complete."""
     print(f"tokenising {len(files)} files into {folder}", flush=True)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)                  # of a killed run that had this process id
     partial.mkdir(parents=True)
+    counts = {"train": 0, "val": 0}
     try:
-        kind = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-        held, counts = {"train": [], "val": []}, {"train": 0, "val": 0}
-        n_held, n_shard = dict(counts), dict(counts)
-
-        def flush(split: str) -> None:
-            if held[split]:
-                np.save(partial / f"{split}-{n_shard[split]:05d}.npy", np.concatenate(held[split]))
-                held[split], n_held[split], n_shard[split] = [], 0, n_shard[split] + 1
-
-        for path in files:
-            for text in texts(path):
-                split = "val" if is_held_out(text.encode()) else "train"
-                ids = np.array([*tokenizer.encode_ordinary(text), tokenizer.eot_token], kind)
-                held[split].append(ids)
-                counts[split] += len(ids)
-                n_held[split] += len(ids)
-                if n_held[split] > shard:
-                    flush(split)
-        flush("train"), flush("val")
-        require(counts["train"] + counts["val"] > len(files), f"dataset {manifest['dataset']} holds no text")
+        with open(partial / "train.bin", "wb") as train, open(partial / "val.bin", "wb") as val:
+            for text in itertools.chain.from_iterable(map(texts, files)):
+                ids = np.array([*tokenizer.encode_ordinary(text), tokenizer.eot_token], manifest["dtype"])
+                held_out = is_held_out(text.encode())
+                (val if held_out else train).write(ids.tobytes())
+                counts["val" if held_out else "train"] += len(ids)
+        require(sum(counts.values()) > len(files), f"dataset {manifest['dataset']} holds no text")
         (partial / "manifest.json").write_text(json.dumps(manifest | {"tokens": counts}, indent=1))
         try:
             partial.rename(folder)
@@ -627,21 +620,20 @@ def tokenise(files: list[Path], tokenizer, folder: Path, manifest: dict, shard: 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def token_shards(files: list[Path], dataset: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def token_shards(files: list[Path], dataset: str) -> list[list[np.ndarray]]:
     """llm.c shards: 256 int32 of header (magic, version, tokens), then uint16 or uint32; 'val' in some names."""
-    splits = {True: [], False: []}
+    sides = [[], []]                                                        # for training, for validation
     for path in files:
         with open(path, "rb") as file:
-            header = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
-        kind = {20240520: np.uint16, 20240801: np.uint32}.get(header[0])
+            magic, _, n = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
+        kind = {20240520: np.uint16, 20240801: np.uint32}.get(magic)
         require(kind is not None, f"{path} does not begin like an llm.c token shard (magic 20240520 or 20240801)")
-        size = 1024 + header[2] * np.dtype(kind).itemsize
-        there = path.stat().st_size
-        require(there == size and header[2] > 0, f"{path} is {there} bytes; its header says {size}: is it cut off?")
-        splits["val" in path.name].append(np.memmap(path, kind, "r", 1024))
-    for val, name in ((False, "training"), (True, "validation, with 'val' in their names,")):
-        require(bool(splits[val]), f"dataset {dataset} has no .bin shards for {name}")
-    return splits[False], splits[True]
+        size, there = 1024 + n * np.dtype(kind).itemsize, path.stat().st_size
+        require(there == size and n > 0, f"{path} is {there} bytes; its header says {size}: is it cut off?")
+        sides["val" in path.name].append(np.memmap(path, kind, "r", 1024))
+    for side, name in zip(sides, ("training", "validation, with 'val' in their names,")):
+        require(bool(side), f"dataset {dataset} has no .bin shards for {name}")
+    return sides
 
 
 def token_texts(tokenizer) -> list[bytes]:
@@ -686,7 +678,7 @@ def check_ids(windows: Shards, config: Config) -> None:
 def position(config: Config, step: int) -> tuple[int, int]:
     """(tokens trained on before this step, tokens in it), following the batch ramp."""
     stages, tokens = ramp(config), 0
-    for (_, batch), (end, _) in pairwise(stages):
+    for (_, batch), (end, _) in itertools.pairwise(stages):
         steps = min(step, max(0, -(-(end - tokens) // batch)))              # whole steps until this stage ends
         tokens, step = tokens + steps * batch, step - steps
         if step == 0 and tokens < end:
@@ -696,13 +688,9 @@ def position(config: Config, step: int) -> tuple[int, int]:
 
 def total_steps(config: Config) -> int:
     """max_steps, or the first step count that reaches max_tokens if that is sooner."""
-    if config.max_tokens is None or position(config, config.max_steps)[0] <= config.max_tokens:
+    if config.max_tokens is None:
         return config.max_steps
-    low, high = 0, config.max_steps
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if position(config, middle)[0] >= config.max_tokens else (middle + 1, high)
-    return low
+    return bisect_left(range(config.max_steps), config.max_tokens, key=lambda step: position(config, step)[0])
 
 
 class Corpus(Data):
@@ -748,18 +736,18 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 RUN_FILES = ("config.json", "log.jsonl", "ckpt.pt", "result.json", "loss.png", "experts.png")      # and an empty lock
+ANEW = "give another out_dir, or --overwrite to start anew"
 MAY_CHANGE = {"overwrite", "out_dir", "log_interval", "checkpoint_interval"}     # they leave the run's numbers alone
 
 
 def open_run(config: Config, data: int) -> dict | None:
     """Make out_dir, or return the checkpoint of the run in it; refuse to continue with another config or other data."""
-    out, now = Path(config.out_dir), json.loads(json.dumps(asdict(config) | {"data": data}))
+    out, now = Path(config.out_dir), as_json(config) | {"data": data}
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
-        if config.overwrite:
-            for name in RUN_FILES:
-                (out / name).unlink(missing_ok=True)
+        for name in RUN_FILES if config.overwrite else ():
+            (out / name).unlink(missing_ok=True)
         there = (out / "ckpt.pt").is_file()
         then = json.loads((out / "config.json").read_text()) if there or (out / "config.json").is_file() else now
         state = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True) if there else None
@@ -768,9 +756,8 @@ def open_run(config: Config, data: int) -> dict | None:
         raise
     except Exception as error:                                      # whatever a damaged file makes torch.load raise
         raise BadInput(f"out_dir {config.out_dir[:200]}: its config.json or ckpt.pt cannot be read ({error}): "
-                       "give another out_dir, or --overwrite to start anew") from None
-    require(not changed, f"{out} holds a run with another config ({'; '.join(changed)}): give another out_dir, "
-                         "or --overwrite to start anew")
+                       f"{ANEW}") from None
+    require(not changed, f"{out} holds a run with another config ({'; '.join(changed)}): {ANEW}")
     if state and read_json(out / "result.json"):
         return state
     write_text_file(out / "config.json", json.dumps(now, indent=1))
@@ -780,9 +767,14 @@ def open_run(config: Config, data: int) -> dict | None:
     return state
 
 
+def as_json(config: Config) -> dict:
+    """The config as it will be read from JSON: lists in the place of tuples."""
+    return json.loads(json.dumps(asdict(config)))
+
+
 def differences(then: dict, now: dict) -> list[str]:
     """What stands between two configs as JSON has them; a field that did not exist then has its default."""
-    then = json.loads(json.dumps({f.name: f.default for f in fields(Config)})) | then
+    then = as_json(Config()) | then
     return [f"{k} {then.get(k)!r} -> {v!r}" for k, v in now.items() if k not in MAY_CHANGE and then.get(k) != v]
 
 
@@ -957,7 +949,6 @@ class Run(Keeper):
         self.state = self.given = None
         self.pending, self.parts, self.bytes_read = [], [], 0
         self.streak = self.longest_streak = 0                               # of steps that were not finite
-        self.tokens_per_s = 0.0
         self.flops, self.peak = count(self.config)["flops_per_token"], peak_flops(self.config)
         self.clock, self.elapsed, self.stop = time.perf_counter(), 0.0, catch_signals()       # since the last flush
         return torch.compile(model, dynamic=False) if self.config.compile else model, start   # shapes never change
@@ -984,8 +975,7 @@ class Run(Keeper):
     def step(self, step: int, norm: Tensor, rate: float) -> None:
         losses = torch.stack([part[0] for part in self.parts]).mean(0)
         stats = {name: torch.stack([part[1][name].float() for part in self.parts]).mean(0) for name in self.parts[0][1]}
-        tokens = sum(self.data.position(step))
-        self.pending.append((step, tokens, losses, stats, norm.detach(), rate, self.bytes_read))
+        self.pending.append((step, rate, self.bytes_read, torch.cat((losses, norm.detach().view(1))), stats))
         self.parts, self.bytes_read = [], 0
         stopping = list(self.stop)                                          # looked at once a step: save all or nothing
         last = step + 1 == self.data.steps
@@ -1006,48 +996,45 @@ class Run(Keeper):
             raise Ended(0)
 
     def flush(self) -> None:
-        """Write the pending steps, and print the last."""
-        rows = [(step, tokens, losses.tolist(), {k: v.tolist() for k, v in stats.items()}, float(norm), rate, n_bytes)
-                for step, tokens, losses, stats, norm, rate, n_bytes in self.pending]
+        """Write the pending steps, and print the last. Reading the first number waits for the device."""
+        rows = [(step, rate, n_bytes, numbers.tolist(), {k: v.tolist() for k, v in stats.items()})
+                for step, rate, n_bytes, numbers, stats in self.pending]
+        self.pending = []
         now = time.perf_counter()
         elapsed, self.elapsed, self.clock = self.elapsed + now - self.clock, 0.0, now
-        self.tokens_per_s = (rows[-1][1] - self.data.position(rows[0][0])[0]) / elapsed
         self.seconds += elapsed
-        self.pending = []
-        flops = self.flops * self.tokens_per_s
-        for step, tokens, (ce, balance, z), stats, norm, rate, n_bytes in rows:
+        speed = (sum(self.data.position(rows[-1][0])) - self.data.position(rows[0][0])[0]) / elapsed
+        for step, rate, n_bytes, (ce, balance, z, norm), stats in rows:
+            start, batch = self.data.position(step)
             bad = not math.isfinite(norm)
             self.skipped += bad
             self.streak = (self.streak + 1) * bad
             self.longest_streak = max(self.longest_streak, self.streak)
-            bits = ce * self.data.position(step)[1] / math.log(2) / max(n_bytes, 1)
-            line = {"step": step, "tokens": tokens, "ce": ce, "bits_per_byte": bits, "balance": balance, "z": z,
-                    "lr": rate, "grad_norm": norm, "skipped": self.skipped, "tokens_per_s": self.tokens_per_s,
-                    "mfu": flops / self.peak if self.peak else None, "memory": peak_memory(self.config.device),
-                    "seconds": self.seconds, **self.routing(stats)}
-            if step == rows[-1][0] and stats:
-                line["load"] = [[round(share, 5) for share in layer] for layer in stats["load"]]    # (L, E)
+            line = {"step": step, "tokens": start + batch, "ce": ce,
+                    "bits_per_byte": ce * batch / math.log(2) / max(n_bytes, 1), "balance": balance, "z": z,
+                    "lr": rate, "grad_norm": norm, "skipped": self.skipped, "tokens_per_s": speed,
+                    "mfu": self.flops * speed / self.peak if self.peak else None,
+                    "memory": peak_memory(self.config.device), "seconds": self.seconds}
+            if stats:
+                load, layers = stats["load"], len(stats["load"])            # (L, E), and over all layers:
+                line |= {"load_max_over_mean": max(max(row) / max(sum(row), 1e-9) for row in load) * len(load[0]),
+                         "entropy": sum(stats["entropy"]) / layers, "dropped": sum(stats["dropped"]) / layers,
+                         "dead_experts": sum(row.count(0) for row in load)}
+            if stats and step == rows[-1][0]:
+                line["load"] = [[round(share, 5) for share in row] for row in load]
             self.write(line)
         self.print_line(line)
 
-    def routing(self, stats: dict) -> dict:
-        """Over all layers: the busiest expert's load over an even one, experts without a token, choices dropped."""
-        if not stats:
-            return {}
-        load, n = stats["load"], self.config.n_expert
-        return {"load_max_over_mean": max(max(layer) / max(sum(layer), 1e-9) for layer in load) * n,
-                "entropy": sum(stats["entropy"]) / len(load), "dropped": sum(stats["dropped"]) / len(load),
-                "dead_experts": sum(share == 0 for layer in load for share in layer)}
-
     def print_line(self, line: dict) -> None:
-        left = (self.data.position(self.data.steps)[0] - line["tokens"]) / line["tokens_per_s"]
+        seconds = int((self.data.position(self.data.steps)[0] - line["tokens"]) / line["tokens_per_s"])
         mfu = f"{line['mfu']:.1%}" if line["mfu"] else "n/a"
-        moe = (f" balance {line['balance']:.3f} load {line['load_max_over_mean']:.2f}x dead {line['dead_experts']}"
-               if "dead_experts" in line else "")
+        moe = (" balance {balance:.3f} load {load_max_over_mean:.2f}x dead {dead_experts}".format(**line)
+               if "load" in line else "")
         skipped = f" skipped {self.skipped}" if self.skipped else ""
-        print(f"step {line['step']:6d} tokens {line['tokens']:,} ce {line['ce']:.4f} bits/byte "
-              f"{line['bits_per_byte']:.3f}{moe} lr {line['lr']:.2e} {line['tokens_per_s']:,.0f} tok/s mfu {mfu} "
-              f"mem {line['memory'] / 2**30:.2f} GiB left {int(left) // 60}m{int(left) % 60:02d}s{skipped}", flush=True)
+        print("step {step:6d} tokens {tokens:,} ce {ce:.4f} bits/byte {bits_per_byte:.3f}".format(**line)
+              + moe + " lr {lr:.2e} {tokens_per_s:,.0f} tok/s".format(**line)
+              + f" mfu {mfu} mem {line['memory'] / 2**30:.2f} GiB left {seconds // 60}m{seconds % 60:02d}s{skipped}",
+              flush=True)
 
     def end(self, evaluate: Callable[[], tuple[float, float]]) -> None:
         """result.json, the figures and a sample of text: what a run leaves behind."""
@@ -1065,13 +1052,11 @@ class Run(Keeper):
         write_text_file(out / "result.json", json.dumps(result, indent=1))  # last: it says that the run is finished
         figures = "loss.png, experts.png" if config.n_expert > 1 else "loss.png"
         print(f"done: {ce:.4f} nats a token, {bits:.4f} bits a byte after {sizes['tokens']:,} tokens in "
-              f"{self.seconds:.0f} s; {out}/ holds result.json, {figures}")
-        self.model.eval()
-        print("--- a sample ---")
+              f"{self.seconds:.0f} s; {out}/ holds result.json, {figures}\n--- a sample ---")
         prompt = "import " if config.dataset == "stdlib" else ""
         n_token = min(200, config.max_seq_len - len(prompt) - 1)
         if n_token > 0:
-            print("".join(write_text(self.model, self.data.tokenizer, prompt, n_token, seed=config.seed)))
+            print("".join(write_text(self.model.eval(), self.data.tokenizer, prompt, n_token, seed=config.seed)))
 
 
 def catch_signals() -> list[str]:
@@ -1131,24 +1116,29 @@ def draw_loss(runs: list[Path], path: Path) -> None:
     """Cross-entropy of one run or several, by training tokens and by training seconds; the first plunge is cut off."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    top = 0.0
+    tops = []
     for i, out in enumerate(runs):
         steps, evals = ([x for x in read_log(out) if x.get(name) is not None] for name in ("ce", "val_ce"))
-        tokens, ce = [x["tokens"] for x in steps], np.array([x["ce"] for x in steps])
-        width, top = max(1, len(steps) // 50), max(top, float(np.quantile(ce, 0.93)))
-        smooth = np.convolve(ce, np.ones(width) / width, "valid")
-        axes[0].plot(tokens, ce, color=f"C{i}", alpha=0.15, linewidth=0.6)
-        axes[0].plot(tokens[width - 1:], smooth, color=f"C{i}", alpha=0.6, linewidth=0.9)
+        ce, width = np.array([x["ce"] for x in steps]), max(1, len(steps) // 50)
+        tops.append(np.quantile(ce, 0.93))
+        axes[0].plot([x["tokens"] / 1e6 for x in steps][width - 1:], np.convolve(ce, np.ones(width) / width, "valid"),
+                     color=f"C{i}", alpha=0.5, linewidth=0.9)
         last = f"{out.name}: {evals[-1]['val_ce']:.3f}"
-        for axis, key in zip(axes, ("tokens", "seconds")):
-            axis.plot([x[key] for x in evals], [x["val_ce"] for x in evals], "o-", color=f"C{i}", ms=3.5, label=last)
-    for axis, label in zip(axes, ("training tokens", "training seconds")):
-        axis.set(xlabel=label)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set(ylabel="cross-entropy, nats per token", ylim=(None, 1.05 * top))
+        for axis, key, unit in zip(axes, ("tokens", "seconds"), (1e6, 1)):
+            axis.plot([x[key] / unit for x in evals], [x["val_ce"] for x in evals], "o-", color=f"C{i}", ms=3.5,
+                      label=last)
+    axes[0].set_xlabel("training tokens, millions")
+    axes[1].set_xlabel("training seconds")
+    axes[0].set(ylabel="cross-entropy, nats per token", ylim=(None, 1.05 * max(tops)))
     axes[0].legend(frameon=False, title="validation (dots) at the end; thin: training")
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: Path) -> None:
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def pyplot():
@@ -1162,40 +1152,30 @@ def pyplot():
 def draw_experts(loads: list[dict], out: Path) -> None:
     """Above, a panel a layer, a row an expert, time to the right; colour is an expert's share of tokens over an even
     share. Below, what the log sums up of it: the busiest expert, the routers' indecision, experts without a token."""
-    plt = pyplot()
     load = np.array([x["load"] for x in loads])                             # (time, L, E)
     load = load / load.sum(-1, keepdims=True).clip(1e-9) * load.shape[2]    # a router may leave slots unused
-    layers, columns = load.shape[1], min(4, load.shape[1])
-    rows = -(-layers // columns)
-    figure = plt.figure(figsize=(max(7, 3 * columns + 1), 2.2 * rows + 2.8), layout="constrained")
+    columns = min(4, load.shape[1])
+    rows = -(-load.shape[1] // columns)
+    figure = pyplot().figure(figsize=(max(7, 3 * columns + 1), 2.2 * rows + 2.8), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[2.2 * rows + 0.4, 2.4])
     axes = top.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    draw_loads(top, axes, load, loads[-1]["tokens"])
+    for axis in axes.flat[load.shape[1]:]:
+        axis.set_visible(False)
+    for layer, axis in zip(range(load.shape[1]), axes.flat):
+        image = axis.imshow(load[:, layer].T, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest",
+                            origin="lower", extent=(0, loads[-1]["tokens"] / 1e6, -0.5, load.shape[2] - 0.5))
+        axis.set_title(f"layer {layer}", fontsize=9)
     top.suptitle(f"{out.name}: who does the work", fontsize=10)
+    top.supylabel("expert", fontsize=9)
+    top.colorbar(image, ax=axes, label="share of tokens / even share", shrink=0.8, extend="max")
     lines = [x for x in read_log(out) if x.get("load_max_over_mean") is not None]
     for axis, name, label in zip(bottom.subplots(1, 3), ("load_max_over_mean", "entropy", "dead_experts"), (
             "busiest expert, x even share", "entropy of the scores, nats", "experts without a token, all layers")):
-        axis.plot([x["tokens"] for x in lines], [x[name] for x in lines], linewidth=0.8)
+        axis.plot([x["tokens"] / 1e6 for x in lines], [x[name] for x in lines], linewidth=0.8)
         axis.set_title(label, fontsize=9)
         axis.set_ylim(bottom=0)
-        axis.spines[["top", "right"]].set_visible(False)
-    bottom.supxlabel("training tokens", fontsize=9)
-    figure.savefig(out / "experts.png", dpi=150)
-    plt.close(figure)
-
-
-def draw_loads(figure, axes, load: np.ndarray, tokens: int) -> None:
-    """load (time, L, E), 1 where even, as a heat map a layer over the training tokens."""
-    from matplotlib.colors import TwoSlopeNorm
-    for layer, axis in enumerate(axes.flat):
-        axis.set_visible(layer < load.shape[1])
-        if layer < load.shape[1]:
-            image = axis.imshow(load[:, layer].T, aspect="auto", cmap="RdBu_r", interpolation="nearest",
-                                norm=TwoSlopeNorm(1, 0, max(2, np.percentile(load, 99.5))), origin="lower",
-                                extent=(0, tokens, -0.5, load.shape[2] - 0.5))
-            axis.set_title(f"layer {layer}", fontsize=9)
-    figure.supylabel("expert", fontsize=9)
-    figure.colorbar(image, ax=axes, label="share of tokens / even share", shrink=0.8)
+    bottom.supxlabel("training tokens, millions", fontsize=9)
+    save_figure(figure, out / "experts.png")
 
 
 # --- see the routing ---
@@ -1215,21 +1195,21 @@ def kind_of(token: str) -> str:
 
 @torch.no_grad()
 def first_experts(model: Model, ids: list[int]) -> Tensor:
-    """(L, N): the expert that weighs most for each token, -1 where none does, in each layer that has experts.
+    """(L, N): the expert that weighs most for each token, -1 where none does, in each layer that has experts."""
+    found = []
 
-    The text is read in pieces of seq_len.
-    """
-    routings = []
-    hooks = [block.ffn.register_forward_hook(lambda module, inputs, out: routings.append(out[1]))
-             for block in model.blocks if block.moe]
-    device, size, layers = model.embed.weight.device, model.config.seq_len, len(hooks)
-    for piece in torch.tensor(ids, device=device).split(size):
-        model(piece[None])
-    for hook in hooks:
-        hook.remove()
-    best = [(routing.weights.max(1), routing.experts) for routing in routings]
-    first = [experts.gather(1, top.indices[:, None])[:, 0].where(top.values > 0, -1) for top, experts in best]
-    return torch.stack([torch.cat(first[layer::layers]) for layer in range(layers)]).cpu()
+    def route_and_keep(*arguments) -> Routing:
+        r = FAST.route(*arguments)
+        top = r.weights.max(1, keepdim=True)
+        found.append(r.experts.gather(1, top.indices).where(top.values > 0, -1))
+        return r
+
+    pieces = torch.tensor(ids, device=model.embed.weight.device).split(model.config.seq_len)      # as in training
+    with using(FAST._replace(route=route_and_keep)):
+        for piece in pieces:
+            model(piece[None])
+    layers = len(found) // len(pieces)
+    return torch.cat([torch.cat(found[i:i + layers], 1) for i in range(0, len(found), layers)]).T.cpu()
 
 
 def show_routing(folder: Path, text: str) -> None:
@@ -1239,50 +1219,47 @@ def show_routing(folder: Path, text: str) -> None:
     ids = ids_of(text, tokenizer, model)
     require(len(ids) > 1, "--text needs a text of two tokens or more, or a file that holds one")
     pieces = [reader(tokenizer)(i) or "\ufffd" for i in ids]
-    experts, kinds = first_experts(model, ids), [kind_of(piece) for piece in pieces]
+    experts, kinds = first_experts(model, ids), np.array([kind_of(piece) for piece in pieces])
     names = [name for name in KINDS if name in kinds]
-    shares = torch.zeros(len(experts), model.config.n_expert, len(names))
-    for column, name in enumerate(names):
-        of_kind = experts[:, [i for i, kind in enumerate(kinds) if kind == name]]              # (L, n)
-        for layer, row in enumerate(of_kind):
-            shares[layer, :, column] = row[row >= 0].bincount(minlength=shares.shape[1]) / len(row)
+    chosen = np.arange(model.config.n_expert)[:, None] == experts.numpy()[:, None]            # (L, E, N)
+    share = np.stack([chosen[:, :, kinds == name].mean(-1) for name in names], -1)
     result = {"layers": [i for i, block in enumerate(model.blocks) if block.moe], "tokens": pieces,
-              "experts": experts.tolist(), "kinds": names, "tokens_of_kind": [kinds.count(name) for name in names],
-              "share": shares.tolist()}
+              "experts": experts.tolist(), "kinds": names,
+              "tokens_of_kind": [int(sum(kinds == name)) for name in names], "share": share.tolist()}
     write_text_file(folder / "routing.json", json.dumps(result))
     draw_routing(result, folder / "routing.png")
     print(f"{len(ids)} tokens: {folder}/routing.png, and the numbers behind it in routing.json")
 
 
-def draw_routing(result: dict, path: Path, width: int = 64, n_line: int = 4) -> None:
+def draw_routing(result: dict, path: Path, width: int = 64) -> None:
     """Above, the text's first lines, a coloured row a layer; below, a heat map a layer: expert by kind of token."""
-    plt = pyplot()
     experts, share = np.array(result["experts"]), np.array(result["share"])                    # (L, N), (L, E, kinds)
-    layers, n_line = len(experts), min(n_line, -(-experts.shape[1] // width))
-    figure = plt.figure(figsize=(12, 0.45 * n_line * (1 + layers / 2) + 4.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[0.45 * n_line * (1 + layers / 2) + 0.5, 3.7])
+    (layers, n), n_expert = experts.shape, share.shape[1]
+    n_line = min(4, -(-n // width))
+    experts = np.pad(experts[:, :n_line * width], ((0, 0), (0, max(0, n_line * width - n))), constant_values=-1)
+    height = 0.45 * n_line * (1 + layers / 2)
+    figure = pyplot().figure(figsize=(12, height + 4.2), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[height + 0.5, 3.7])
     top.suptitle("the expert that weighs most for each token, a row a layer", fontsize=10)
-    cmap = plt.get_cmap("tab20" if share.shape[1] <= 20 else "turbo", share.shape[1]).with_extremes(under="white")
+    colours = pyplot().get_cmap("tab20" if n_expert <= 20 else "turbo", n_expert).with_extremes(under="white")
     for line, axis in enumerate(top.subplots(n_line, 1, squeeze=False).flat):
-        part = experts[:, line * width:(line + 1) * width]
-        colours = axis.imshow(np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1), cmap=cmap,
-                              vmin=-0.5, vmax=share.shape[1] - 0.5, aspect="auto", interpolation="nearest")
-        for column, token in enumerate(result["tokens"][line * width:(line + 1) * width]):
+        here = slice(line * width, (line + 1) * width)
+        image = axis.imshow(experts[:, here], cmap=colours, vmin=-0.5, vmax=n_expert - 0.5, aspect="auto")
+        for column, token in enumerate(result["tokens"][here]):
             shown = token.replace("\n", "\u21b5").replace(" ", "\u00b7").replace("$", r"\$")
-            axis.text(column, -0.7, shown, ha="center", va="bottom", fontsize=8, family="monospace",
+            axis.text(column, -0.7, shown, ha="center", fontsize=8, family="monospace",
                       rotation=0 if len(token) < 3 else 60)
         axis.set_yticks(range(layers), result["layers"])
         axis.set(xticks=[], ylabel="layer")
         axis.spines[:].set_visible(False)
-    top.colorbar(colours, ax=top.axes, label="expert", shrink=0.8)
+    top.colorbar(image, ax=top.axes, label="expert", shrink=0.8)
     bottom.suptitle("share of a kind's tokens that go first to an expert", fontsize=10)
     for layer, axis in enumerate(bottom.subplots(1, layers, sharey=True, squeeze=False).flat):
-        image = axis.imshow(share[layer], aspect="auto", cmap="viridis", vmin=0, vmax=share.max())
+        image = axis.imshow(share[layer], aspect="auto", vmin=0, vmax=share.max())
         axis.set(title=f"layer {result['layers'][layer]}", ylabel="" if layer else "expert")
         axis.set_xticks(range(len(result["kinds"])), result["kinds"], rotation=60, ha="right", fontsize=8)
     bottom.colorbar(image, ax=bottom.axes, shrink=0.8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 # === Part 3: sweeps ===============================================================================================
@@ -1373,12 +1350,13 @@ def dry_run(runs: list[Trial], as_json: bool) -> None:
         found = [({"name": run.name} if run.name else {}) | sizes | {"memory": need} for run, sizes, need, _ in costs]
         print(json.dumps(found if runs[0].name else found[0]))
         return
-    width = max(len(Path(run.config.out_dir).name) for run in runs)
+    names = [Path(run.config.out_dir).name for run in runs]
+    width = max(map(len, names))
     print(f"{'run':{width}}      total     active         tokens    FLOPs    memory  fits here")
-    for run, _, need, cost in costs:
+    for name, (run, _, need, cost) in zip(names, costs):
         free = free_memory(run.config.device)
         fits = "yes" if need["total"] <= free else f"no, {run.config.device} has {free / 2**30:.1f} GiB free"
-        print(f"{Path(run.config.out_dir).name:{width}} {cost['n_total'] / 1e6:9,.2f}M {cost['n_active'] / 1e6:9,.2f}M "
+        print(f"{name:{width}} {cost['n_total'] / 1e6:9,.2f}M {cost['n_active'] / 1e6:9,.2f}M "
               f"{cost['tokens']:14,} {cost['flops']:8.2e} {need['total'] / 2**30:5.2f} GiB  {fits}", flush=True)
     total = sum(cost["flops"] for *_, cost in costs)
     print(f"{len(runs)} run{'s'[:len(runs) - 1]}, {total:.3g} FLOPs; parameters include embeddings, counted as each "
@@ -1449,21 +1427,20 @@ def run_all(chosen: list[Trial], parallel: int) -> None:
     while live or (waiting and not stop):
         while slots and waiting and not stop:
             live.append(start(waiting.pop(0), slots.pop(0), parallel))
-        if stop and not told:
-            told = True
-            for one in live:
-                one.process.terminate()
+        for one in live if stop and not told else ():
+            one.process.terminate()
+        told = bool(stop)
         time.sleep(0.1)
         for one in [one for one in live if one.process.poll() is not None]:
             live.remove(one)
             slots.append(one.slot)
-            record(one, bool(stop))
+            record(one, told)
             status, reason, result = outcome(one.run)
             flops, now = work.pop(one.run.name), time.monotonic()
             done += flops if result else 0
             left = f", about {(now - begin) * sum(work.values()) / done / 60:.0f} minutes left" if done else ""
-            print(f"{n - len(work)} of {n}: {one.run.name} {status}, "
-                  f"{'loss {:.4f}'.format(result['loss']) if result else reason}, {now - one.clock:.0f} s; "
+            ended = f"loss {result['loss']:.4f}" if result else reason
+            print(f"{n - len(work)} of {n}: {one.run.name} {status}, {ended}, {now - one.clock:.0f} s; "
                   f"{len(live)} running, {len(waiting)} waiting{left}", flush=True)
     if stop:
         print(f"stopped by {stop[0]}: the same command continues")
@@ -1525,7 +1502,7 @@ def oom_kills() -> int | None:
 
 def outcome(run: Trial) -> tuple[str, str, dict]:
     """(status, reason, result.json) of a run, from its folder alone. A loss worse than guessing counts as diverged."""
-    out, now = Path(run.config.out_dir), json.loads(json.dumps(asdict(run.config)))
+    out, now = Path(run.config.out_dir), as_json(run.config)
     ended, then = read_json(out / "outcome.json", "status", "reason", "config"), read_json(out / "config.json")
     result = read_json(out / "result.json", "loss")
     if ended and not differences(ended["config"], now):
@@ -1604,16 +1581,16 @@ def ranking(group: str, models: dict[str, list[dict]]) -> str:
     lines += ["| rank | model | loss, nats/token | total | active | active ratio | tokens/s | peak memory | status |",
               "|-:|-|-:|-:|-:|-:|-:|-:|-|"]
     for rank, model in enumerate(by_loss(models), 1):
-        rows, loss, measured = models[model], losses(models[model]), ["", "", ""]
-        if loss:
-            speed, peak = (statistics.fmean(row[key] for row in rows if row["status"] == "done")
-                           for key in ("tokens_per_s", "peak_memory"))
-            spread = f" ± {statistics.stdev(loss):.4f} ({len(loss)})" if len(loss) > 1 else ""
-            measured = [f"{statistics.fmean(loss):.4f}{spread}", f"{speed:,.0f}", f"{peak / 2**30:.2f} GiB"]
-        sizes = [*(f"{rows[0][key] / 1e6:,.2f}M" for key in ("total", "active")), f"{rows[0]['active_ratio']:.2f}"]
-        all_of = [row["status"] for row in rows]
-        status = ", ".join(f"{all_of.count(s)} {s}" if len(rows) > 1 else s for s in dict.fromkeys(all_of))
-        cells = [f"{rank}" if loss else "", model, measured[0], *sizes, *measured[1:], status]
+        rows = models[model]
+        done = [row for row in rows if row["status"] == "done"]
+        loss, speed, memory = ([row[key] for row in done] for key in ("loss", "tokens_per_s", "peak_memory"))
+        spread = f" ± {statistics.stdev(loss):.4f} ({len(loss)})" if len(loss) > 1 else ""
+        states = [row["status"] for row in rows]
+        cells = [f"{rank}" if done else "", model, f"{statistics.fmean(loss):.4f}{spread}" if done else "",
+                 f"{rows[0]['total'] / 1e6:,.2f}M", f"{rows[0]['active'] / 1e6:,.2f}M",
+                 f"{rows[0]['active_ratio']:.2f}", f"{statistics.fmean(speed):,.0f}" if done else "",
+                 f"{statistics.fmean(memory) / 2**30:.2f} GiB" if done else "",
+                 ", ".join(f"{states.count(s)} {s}" if len(rows) > 1 else s for s in dict.fromkeys(states))]
         lines.append(f"| {' | '.join(cells)} |")
     if any(len(rows) > 1 for rows in models.values()):
         lines += ["", "Loss: mean ± sample standard deviation over seeds (their number)."]
@@ -1637,37 +1614,32 @@ def comparison(rows: list[dict]) -> str:
 
 
 def draw_summary(folder: Path, groups: dict, field: str | None) -> None:
-    """A dot a run and the mean over seeds: against the field the sweep goes along, or in a row a model."""
-    plt, n = pyplot(), sum(map(len, groups.values()))
-    figure, axis = plt.subplots(figsize=(7, 4.5) if field else (8, 1.2 + 0.3 * n), layout="constrained")
-    if field:
-        draw_curves(axis, groups, field)
-    else:
-        draw_rows(axis, groups)
-    axis.spines[["top", "right"]].set_visible(False)
+    """A dot a run, a line through the mean over seeds: against the field the sweep goes along, or in a row a model."""
+    n = sum(map(len, groups.values()))
+    figure, axis = pyplot().subplots(figsize=(7, 4.5) if field else (8, 1.2 + 0.3 * n), layout="constrained")
+    (draw_curves if field else draw_rows)(axis, groups, field)
     axis.set_title(folder.name, fontsize=10)
     if len(groups) > 1:
         figure.legend(frameon=False, loc="outside upper center", ncols=len(groups), fontsize=8)
-    figure.savefig(folder / "summary.png", dpi=150)
-    plt.close(figure)
+    save_figure(figure, folder / "summary.png")
 
 
-NO_LOSS = {"out of memory", "diverged", "failed"}
+def without_loss(rows: list[dict]) -> str:
+    """What became of the runs that ended without a loss."""
+    return ", ".join(sorted({row["status"] for row in rows} & {"out of memory", "diverged", "failed"}))
 
 
 def draw_curves(axis, groups: dict, field: str) -> None:
     """The loss against the field, a curve a group; above it what became of the runs without a loss."""
-    for i, (group, models) in enumerate(groups.items()):
-        curve = sorted((rows[0][field], losses(rows)) for rows in models.values())
-        means = [(x, statistics.fmean(ys)) for x, ys in curve if ys]
-        axis.plot([x for x, ys in curve for _ in ys], [y for _, ys in curve for y in ys], "o", color=f"C{i}", alpha=0.5)
-        axis.plot([x for x, _ in means], [y for _, y in means], color=f"C{i}", label=group)
     rows = [row for models in groups.values() for runs in models.values() for row in runs]
     values = sorted({row[field] for row in rows})
+    for i, (group, models) in enumerate(groups.items()):
+        curve = sorted((runs[0][field], losses(runs)) for runs in models.values() if losses(runs))
+        axis.plot([x for x, ys in curve for _ in ys], [y for _, ys in curve for y in ys], "o", color=f"C{i}", alpha=0.5)
+        axis.plot([x for x, _ in curve], [statistics.fmean(ys) for _, ys in curve], color=f"C{i}", label=group)
     for x in values:
-        bad = sorted({row["status"] for row in rows if row[field] == x} & NO_LOSS)
-        axis.text(x, 1, ", ".join(bad), transform=axis.get_xaxis_transform(), rotation=90, va="top", ha="center",
-                  fontsize=8, color="0.4")
+        axis.text(x, 1, without_loss([row for row in rows if row[field] == x]), color="0.4", fontsize=8, rotation=90,
+                  transform=axis.get_xaxis_transform(), va="top", ha="center")
     if values[0] > 0 and values[-1] > 8 * values[0]:
         axis.set_xscale("log")
     if len(values) <= 12:
@@ -1676,18 +1648,20 @@ def draw_curves(axis, groups: dict, field: str) -> None:
     axis.set(xlabel=field, ylabel="validation cross-entropy, nats per token")
 
 
-def draw_rows(axis, groups: dict) -> None:
-    """A row a model, the best of a group on top; at its end the status of the runs without a loss."""
-    rows = [(i, model, models[model]) for i, models in enumerate(groups.values()) for model in by_loss(models)]
-    for y, (i, _, runs) in enumerate(rows):
-        ys, first = losses(runs), not y or rows[y - 1][0] < i
-        axis.plot(ys, [y] * len(ys), "o", color=f"C{i}", ms=5, alpha=0.5, label=[*groups][i] if first else None)
-        if ys:
-            axis.plot([statistics.fmean(ys)] * 2, [y - 0.35, y + 0.35], color=f"C{i}", linewidth=2)
-        axis.text(0.99, y, ", ".join(sorted({row["status"] for row in runs} & NO_LOSS)), ha="right", va="center",
-                  transform=axis.get_yaxis_transform(), fontsize=8, color="0.4")
-    axis.set_yticks(range(len(rows)), [model for _, model, _ in rows], fontsize=8)
-    axis.set_ylim(len(rows) - 0.4, -0.6)
+def draw_rows(axis, groups: dict, field: None) -> None:
+    """A row a model, the best of a group on top; at its end what became of the runs without a loss."""
+    names = []
+    for i, (group, models) in enumerate(groups.items()):
+        for model in by_loss(models):
+            ys, y = losses(models[model]), len(names)
+            axis.plot(ys, [y] * len(ys), "o", color=f"C{i}", ms=5, alpha=0.5)
+            axis.plot(ys and [statistics.fmean(ys)], ys and [y], "|", color=f"C{i}", ms=12, mew=2)
+            axis.text(0.99, y, without_loss(models[model]), color="0.4", fontsize=8, ha="right", va="center",
+                      transform=axis.get_yaxis_transform())
+            names.append(model)
+        axis.plot([], [], "o", color=f"C{i}", label=group)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_ylim(len(names) - 0.4, -0.6)
     axis.grid(axis="y", alpha=0.25)
     axis.set_xlabel("validation cross-entropy, nats per token")
 
