@@ -384,14 +384,15 @@ def unlearnt(logits: Tensor, scores: Tensor, config: RouterConfig) -> Choice:
     return Choice(experts, weights, torch.full_like(logits, 1 / logits.shape[1]))
 
 # === Part 2: the same, faster =====================================================================================
-# The definition passes over the (N, E) logits 20 + K times forward and 20 times back, in some ninety launches, and
-# sorts R integers between. At N = 16,384, E = 128, K = 8 one pass is 8.4 MB, a few microseconds of memory; a launch
-# costs about as much. So: read the logits once, keep the tile in registers, write only what the contract asks for.
+# Part 1's operators read and write 34 times the (N, E) logits' bytes forward and 20 times back, in ninety launches, at
+# N = 16,384, E = 128, K = 8 (39, 22 and eighty at E = 16, K = 4), and sort R integers between. There the logits are
+# 8.4 MB, a few microseconds of memory, and a launch costs about as much. So: read the logits once, keep the tile in
+# registers, write only what the contract asks for.
 #
 #   route_fwd    a tile of tokens: scores, top-k, weights, and the tile's own sums: rows per expert, probability, losses
-#   cumsum       over those rows per expert, tile after tile, expert after expert: where each tile's rows begin (torch)
-#   place_rows   a tile of choices: its rows begin there, and its own order is a running sum down the tile. No sort
+#   cumsum       over those rows per expert, tile after tile, expert after expert: where each tile's rows end (torch)
 #   totals       adds up the tiles: counts, losses, statistics
+#   place_rows   a tile of choices: from where its rows begin they are numbered by a running sum down the tile. No sort
 #   route_bwd    the gradients of weights, balance and z, in one pass over the logits
 #
 # Nothing is added atomically, so nothing depends on which program runs first: the same bits every time. A tile is a
@@ -402,9 +403,13 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
     import triton.language as tl
-    jit, constexpr = triton.jit, tl.constexpr
-except ImportError:                                   # macOS, for one: the definition does all the work
-    triton, tl, jit, constexpr = None, None, lambda kernel: kernel, None
+    jit = triton.jit
+    constexpr = tl.constexpr
+except ImportError:                                   # macOS, for one: Part 1 does all the work
+    triton = tl = constexpr = None
+
+    def jit(kernel: Callable) -> Callable:
+        return kernel
 
 
 def use_kernels(x: Tensor) -> bool:
@@ -431,9 +436,10 @@ def fast_route(logits: Tensor, config: RouterConfig, context: Context | None = N
 
 @torch.compiler.disable           # fused by hand already
 def route_by_kernels(logits: Tensor, config: RouterConfig, context: Context) -> Routing:
-    *plan, load, scalars = TopK.apply(logits, config, context)
+    weights, experts, counts, offsets, token, slot, load, scalars = TopK.apply(logits, config, context)
+    losses = {"balance": scalars[0], "z": scalars[1]}
     stats = {"load": load} | dict(zip(("entropy", "dropped", "nonfinite"), scalars.detach()[2:].unbind()))
-    return Routing(*plan, plan[2], {"balance": scalars[0], "z": scalars[1]}, stats)
+    return Routing(weights, experts, counts, offsets, token, slot, counts, losses, stats)
 
 
 def tiling(n_expert: int) -> dict:
@@ -473,15 +479,15 @@ def take_best(key, e, kk, K: constexpr, LOWEST: constexpr):
     K rounds of maximum need no sort and no memory. Keys are integers in the order of the floats they stand for, because
     a warp, which holds whole rows, reduces an int32 in one instruction (redux.sync, 8.0 on).
     """
-    choice = tl.zeros((key.shape[0], kk.shape[1]), tl.int32)
-    value = choice
+    expert = tl.zeros((key.shape[0], kk.shape[1]), tl.int32)
+    value = expert
     for k in range(K):
         best = tl.max(key, 1)
         winner = tl.min(tl.where(key == best[:, None], e[None, :], key.shape[1]), 1)
         key = tl.where(e[None, :] == winner[:, None], LOWEST, key)
-        choice = tl.where(kk == k, winner[:, None], choice)
+        expert = tl.where(kk == k, winner[:, None], expert)
         value = tl.where(kk == k, best[:, None], value)
-    return choice, value, key
+    return expert, value, key
 
 
 @jit
@@ -495,9 +501,12 @@ def route_fwd(logits, bias, weights, experts, lse, hist, sums, N, T,
     """
     LOWEST: constexpr = -0x80000000                                                  # below every float: struck out
     tile = tl.program_id(0)
-    e, kk, s = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)[None, :], tl.arange(0, 4)
+    e = tl.arange(0, BLOCK_E)
+    kk = tl.arange(0, BLOCK_K)[None, :]
+    s = tl.arange(0, 4)
     real = (e < E)[None, :]
-    load, mass = tl.zeros((BLOCK_E,), tl.int32), tl.zeros((BLOCK_E,), tl.float32)
+    count = tl.zeros((BLOCK_E,), tl.int32)
+    mass = tl.zeros((BLOCK_E,), tl.float32)
     rest = tl.zeros((ROWS, 4), tl.float32)                                           # z, entropy, dropped, nonfinite
     for step in range(TILE // ROWS):
         base = tile.to(tl.int64) * TILE + step * ROWS
@@ -519,11 +528,12 @@ def route_fwd(logits, bias, weights, experts, lse, hist, sums, N, T,
             score = (tl.sigmoid(x) if SIGMOID else p) + tl.load(bias + e, e < E, other=0.0)[None, :]
             key = tl.where(real, mirror((score + 0.0).to(tl.int32, bitcast=True)), LOWEST)
 
-        choice, value, key = take_best(key, e, kk, K, LOWEST)
-        at, kept = base * K + (n[:, None] * K + kk), live[:, None] & (kk < K)
+        expert, value, key = take_best(key, e, kk, K, LOWEST)
+        at = base * K + (n[:, None] * K + kk)
+        kept = live[:, None] & (kk < K)
         value = mirror(value).to(tl.float32, bitcast=True)                           # the chosen logits
         if bias is not None:                                                         # the key was not the logit
-            value = tl.load(logits + base * E + (n[:, None] * E + choice), kept & finite[:, None], other=0.0)
+            value = tl.load(logits + base * E + (n[:, None] * E + expert), kept & finite[:, None], other=0.0)
         value = log_sigmoid(value) if SIGMOID else value
         if RENORMALIZE:
             w = tl.where(kk < K, tl.exp(value - tl.max(tl.where(kk < K, value, float("-inf")), 1)[:, None]), 0.0)
@@ -531,16 +541,16 @@ def route_fwd(logits, bias, weights, experts, lse, hist, sums, N, T,
         else:
             w = tl.exp(value if SIGMOID else value - log_z[:, None])
         tl.store(weights + at, w, kept)
-        tl.store(experts + at, choice, kept)
+        tl.store(experts + at, expert, kept)
         tl.store(lse + base + n, tl.where(finite, log_z, float("inf")), live)        # inf: a row without gradient
 
-        load += tl.sum(((key == LOWEST) & real & live[:, None]).to(tl.int32), 0)
+        count += tl.sum(((key == LOWEST) & real & live[:, None]).to(tl.int32), 0)
         dropped = tl.sum((kept & (w == 0.0)).to(tl.float32), 1)
         two = tl.where(s[None, :] == 0, (log_z * log_z)[:, None], entropy[:, None])
         more = tl.where(s[None, :] == 2, dropped[:, None], (finite == 0).to(tl.float32)[:, None])
         rest += tl.where(live[:, None], tl.where(s[None, :] < 2, two, more), 0.0)
 
-    tl.store(hist + e * T + tile, load, e < E)
+    tl.store(hist + e * T + tile, count, e < E)
     tl.store(sums + e * T + tile, mass, e < E)
     tl.store(sums + (E + s) * T + tile, tl.sum(rest, 0))
 
@@ -577,7 +587,9 @@ def place_rows(experts, ends, slot, token, N, T, E: constexpr, K: constexpr,
 def totals(ends, sums, counts, offsets, load, scalars, N, T,
            E: constexpr, K: constexpr, BLOCK_E: constexpr, BLOCK_T: constexpr):
     """One program adds up the tiles: reads 4 T (E + 4) bytes. scalars: balance, z, entropy, dropped, nonfinite."""
-    e, s, t = tl.arange(0, BLOCK_E), tl.arange(0, 4), tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    s = tl.arange(0, 4)
+    t = tl.arange(0, BLOCK_T)
     real = e < E
     end = tl.load(ends + e * T + T - 1, real, other=0)
     count = end - tl.load(ends + e * T - 1, real & (e > 0), other=0)
@@ -601,7 +613,7 @@ def route_bwd(logits, lse, weights, experts, share, d_weights, d_scalars, d_logi
               SIGMOID: constexpr, RENORMALIZE: constexpr, ROWS: constexpr, BLOCK_E: constexpr):
     """Reads the logits once more and writes their gradient: 8 N E bytes, and 4 N (3K + 1) for weights, experts and lse.
 
-    The definition keeps probs, weights and the top-k's scores for autograd. Here p comes back as exp(x - lse), and:
+    Part 1 keeps probs, weights and the top-k's scores for autograd. Here p comes back as exp(x - lse), and:
         weights as they are    dx_e = p_e ([e chosen] dw_e - sum_j w_j dw_j)
         renormalised           dx_e = w_e (dw_e - sum_j w_j dw_j) for chosen e: w is a softmax of the chosen logits
         balance                dx_e = p_e (g_e - sum_i p_i g_i), g_e = E f_e / N
@@ -610,8 +622,10 @@ def route_bwd(logits, lse, weights, experts, share, d_weights, d_scalars, d_logi
     they are, w_e = s_e, depend on no other expert.
     """
     base = tl.program_id(0).to(tl.int64) * ROWS
-    n, e = tl.arange(0, ROWS), tl.arange(0, BLOCK_E)
-    live, real = n < N - base, e < E
+    n = tl.arange(0, ROWS)
+    e = tl.arange(0, BLOCK_E)
+    live = n < N - base
+    real = e < E
     at = base * E + n[:, None] * E + e[None, :]
     x = tl.load(logits + at, live[:, None] & real[None, :], other=float("-inf"))
     log_z = tl.load(lse + base + n, live, other=0.0)
@@ -664,59 +678,7 @@ def combine_rows(rows, slot, x, D, K: constexpr, BLOCK_D: constexpr):
     tl.store(x + n * D + d, total.to(x.dtype.element_ty), d < D)
 
 
-# --- launching them ---
-
-
-def run_route_fwd(logits: Tensor, bias: Tensor | None, k: int, sigmoid: bool, renormalize: bool) -> tuple[Tensor, ...]:
-    """Returns weights and experts (N, K), lse (N,), ends (E, T) int32 and sums (E + 4, T): see route_fwd."""
-    (n, n_expert), shape = logits.shape, tiling(logits.shape[1])
-    n_tile = triton.cdiv(n, shape["TILE"])
-    weights, lse, sums = logits.new_empty(n, k), logits.new_empty(n), logits.new_empty(n_expert + 4, n_tile)
-    experts = logits.new_empty(n, k, dtype=torch.int32)
-    hist = logits.new_empty(n_expert, n_tile, dtype=torch.int32)
-    route_fwd[(n_tile,)](logits, bias, weights, experts, lse, hist, sums, n, n_tile, n_expert, k, sigmoid, renormalize,
-                         BLOCK_K=triton.next_power_of_2(k), **shape)
-    return weights, experts, lse, hist.view(-1).cumsum(0, dtype=torch.int32).view_as(hist), sums
-
-
-def run_place(experts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns slot (N, K) and token (R,), both int32."""
-    (n, k), (n_expert, n_tile) = experts.shape, ends.shape
-    slot = torch.empty_like(experts)
-    token = experts.new_empty(n * k)
-    place_rows[(n_tile,)](experts, ends, slot, token, n, n_tile, n_expert, k, **tiling(n_expert))
-    return slot, token
-
-
-def run_totals(ends: Tensor, sums: Tensor, n: int, k: int) -> tuple[Tensor, ...]:
-    """Returns counts and offsets (E,) int32, load (E,) and the five scalars."""
-    n_expert, n_tile = ends.shape
-    block_e = tiling(n_expert)["BLOCK_E"]
-    counts, offsets = ends.new_empty(n_expert), ends.new_empty(n_expert)
-    load, scalars = sums.new_empty(n_expert), sums.new_empty(5)
-    totals[(1,)](ends, sums, counts, offsets, load, scalars, n, n_tile, n_expert, k,
-                 BLOCK_E=block_e, BLOCK_T=max(8192 // block_e, 1), num_warps=8)
-    return counts, offsets, load, scalars
-
-
-def run_route_bwd(saved: tuple[Tensor, ...], d_weights: Tensor, d_scalars: Tensor,
-                  sigmoid: bool, renormalize: bool) -> Tensor:
-    """Returns the gradient of the logits (N, E); saved is what `TopK` kept."""
-    logits, weights, d_logits = saved[0], saved[2], torch.empty_like(saved[0])
-    (n, n_expert), shape = logits.shape, tiling(logits.shape[1])
-    del shape["TILE"]
-    route_bwd[(triton.cdiv(n, shape["ROWS"]),)](*saved, d_weights.contiguous(), d_scalars.contiguous(), d_logits, n,
-                                                n_expert, weights.shape[1], sigmoid, renormalize, **shape)
-    return d_logits
-
-
-def run_rows(kernel, source: Tensor, slot: Tensor, n_row: int) -> Tensor:
-    """Launch gather_rows or combine_rows: one program a token and 2048 columns, 16 bytes a thread in bfloat16."""
-    (n, k), d = slot.shape, source.shape[1]
-    out = source.new_empty(n_row, d)
-    block = min(2048, triton.next_power_of_2(d))
-    kernel[(n, triton.cdiv(d, block))](source, slot.contiguous(), out, d, k, block, num_warps=max(1, block // 256))
-    return out
+# --- launching the kernels ---
 
 
 class TopK(torch.autograd.Function):
@@ -725,50 +687,79 @@ class TopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, config, context):
         logits = logits.contiguous()
-        form = config.router == "sigmoid", config.renormalize and config.router != "switch"      # sigmoid, renormalize
-        weights, experts, lse, ends, sums = run_route_fwd(logits, context.bias, config.top_k, *form)
-        counts, offsets, load, scalars = run_totals(ends, sums, len(logits), config.top_k)
-        slot, token = run_place(experts, ends)
+        n, n_expert = logits.shape
+        k = config.top_k
+        shape = tiling(n_expert)
+        n_tile = triton.cdiv(n, shape["TILE"])
+        ctx.flags = config.router == "sigmoid", config.renormalize and config.router != "switch"   # the kernels' own
+        weights = logits.new_empty(n, k)
+        experts = logits.new_empty(n, k, dtype=torch.int32)
+        lse = logits.new_empty(n)
+        hist = logits.new_empty(n_expert, n_tile, dtype=torch.int32)
+        sums = logits.new_empty(n_expert + 4, n_tile)
+        route_fwd[(n_tile,)](logits, context.bias, weights, experts, lse, hist, sums, n, n_tile, n_expert, k,
+                             *ctx.flags, BLOCK_K=triton.next_power_of_2(k), **shape)
+
+        ends = hist.view(-1).cumsum(0, dtype=torch.int32).view_as(hist)              # (E, T): see place_rows
+        counts = ends.new_empty(n_expert)
+        offsets = torch.empty_like(counts)
+        load = sums.new_empty(n_expert)
+        scalars = sums.new_empty(5)
+        block_e = shape["BLOCK_E"]
+        totals[(1,)](ends, sums, counts, offsets, load, scalars, n, n_tile, n_expert, k,
+                     BLOCK_E=block_e, BLOCK_T=max(8192 // block_e, 1), num_warps=8)
+
+        slot = torch.empty_like(experts)
+        token = experts.new_empty(n * k)
+        place_rows[(n_tile,)](experts, ends, slot, token, n, n_tile, n_expert, k, **shape)
+
         share = load
         if config.balance_scope == "global" and context.training:                    # f_e of more than these tokens
             demand = global_demand(counts, context)
             share = demand / demand.sum()
-            scalars[0] = len(load) / len(logits) * (share * sums[:len(load)].sum(1)).sum()
+            scalars[0] = n_expert / n * (share * sums[:n_expert].sum(1)).sum()
         ctx.save_for_backward(logits, lse, weights, experts, share)
-        ctx.form = form
         ctx.mark_non_differentiable(experts, counts, offsets, token, slot, load)
         return weights, experts, counts, offsets, token, slot, load, scalars
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_weights, *others):
-        return run_route_bwd(ctx.saved_tensors, d_weights, others[-1], *ctx.form), None, None
+        logits, _, weights, *_ = ctx.saved_tensors
+        n, n_expert = logits.shape
+        d_logits = torch.empty_like(logits)
+        shape = tiling(n_expert)
+        del shape["TILE"]
+        route_bwd[(triton.cdiv(n, shape["ROWS"]),)](
+            *ctx.saved_tensors, d_weights.contiguous(), others[-1].contiguous(), d_logits, n, n_expert,
+            weights.shape[1], *ctx.flags, **shape)
+        return d_logits, None, None
 
 
 # --- moving rows ---
-# Into expert order and back. Each is the other's gradient, and both read the same index, slot (N, K): where the copies
-# of a token stand. Going by slot, a token is read once and written K times; going by row, it would be read K times.
+# Into expert order, and back. Each is the other's gradient, and both read slot (N, K), where the copies of a token
+# stand. Going by slot, a token is read once and written K times; going by row, it would be read K times.
 
 
-def gather(x: Tensor, slot: Tensor) -> Tensor:
-    """Copy tokens into expert order: x (N, D), slot (N, K) -> (R, D). Its gradient is `combine`."""
-    return Gather.apply(x, slot)
-
-
-def combine(rows: Tensor, slot: Tensor) -> Tensor:
-    """Sum the K rows of each token in float32, in the order of k: rows (R, D), slot (N, K) -> (N, D).
-
-    No atomics and one fixed order: the same bits every time. Its gradient is `gather`.
-    """
-    return Combine.apply(rows, slot)
+def run_rows(kernel, source: Tensor, slot: Tensor, n_row: int) -> Tensor:
+    """Launch gather_rows or combine_rows: one program a token and 2048 columns, 16 bytes a thread in bfloat16."""
+    n, k = slot.shape
+    d = source.shape[1]
+    out = source.new_empty(n_row, d)
+    block = min(2048, triton.next_power_of_2(d))
+    kernel[(n, triton.cdiv(d, block))](source.contiguous(), slot.contiguous(), out, d, k, block,
+                                       num_warps=max(1, block // 256))
+    return out
 
 
 class Gather(torch.autograd.Function):
+    """Copy tokens into expert order: x (N, D), slot (N, K) -> (R, D)."""
+
     @staticmethod
     def forward(ctx, x, slot):
         ctx.save_for_backward(slot)
         if use_kernels(x) and len(slot):
-            return run_rows(gather_rows, x.contiguous(), slot, slot.numel())
+            return run_rows(gather_rows, x, slot, slot.numel())
         row_to_token = torch.empty_like(slot).view(-1).scatter_(
             0, slot.flatten().long(), torch.arange(slot.numel(), dtype=slot.dtype, device=slot.device))
         return x.index_select(0, row_to_token // slot.shape[1])
@@ -779,16 +770,25 @@ class Gather(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
+    """Sum the K rows of each token in float32, in the order of k: rows (R, D), slot (N, K) -> (N, D).
+
+    No atomics and one fixed order: the same bits every time.
+    """
+
     @staticmethod
     def forward(ctx, rows, slot):
         ctx.save_for_backward(slot)
         if use_kernels(rows) and len(slot):
-            return run_rows(combine_rows, rows.contiguous(), slot, len(slot))
+            return run_rows(combine_rows, rows, slot, len(slot))
         return F.embedding_bag(slot, rows, mode="sum")                               # a CPU: 6 to 11 times index + sum
 
     @staticmethod
     def backward(ctx, d_x):
         return Gather.apply(d_x, *ctx.saved_tensors), None
+
+
+gather = Gather.apply
+combine = Combine.apply
 
 
 # === Part 3: tools ================================================================================================
@@ -814,9 +814,13 @@ def require_each(config, names: str, fits: Callable, must: str) -> None:
         require(value is None or fits(value), f"{name} = {value!r} must {must}")
 
 
+def require_one_of(name: str, value: str, allowed) -> None:
+    require(value in allowed, f"{name} = {value!r} must be one of {', '.join(allowed)}{closest(value, allowed)}")
+
+
 def closest(word: str, known) -> str:
     """', did you mean X?' when a known name is near, else ''."""
-    near = difflib.get_close_matches(word, list(known), 1)
+    near = difflib.get_close_matches(word, known, 1)
     return f", did you mean {near[0]}?" if near else ""
 
 
@@ -840,7 +844,6 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 def check(routing: Routing, n_token: int, n_expert: int) -> None:
     """Assert every line of the contract that can be read off one Routing."""
     k = routing.experts.shape[1]
-    rows = n_token * k
     flat = routing.experts.flatten().long()
     assert routing.weights.shape == routing.experts.shape == routing.slot.shape == (n_token, k)
     assert routing.weights.dtype == torch.float32 and routing.weights.isfinite().all() and (routing.weights >= 0).all()
@@ -851,12 +854,19 @@ def check(routing: Routing, n_token: int, n_expert: int) -> None:
     assert torch.equal(routing.counts.long(), torch.bincount(flat, minlength=n_expert)), "counts"
     assert routing.demand.shape == (n_expert,) and (routing.demand <= routing.counts).all(), "demand"
     assert torch.equal(routing.offsets.long(), routing.counts.cumsum(0)), "offsets"
-    row = torch.arange(rows, device=flat.device)
-    order = (flat * rows + row).argsort()                                         # expert first, then token order
+    row = torch.arange(len(flat), device=flat.device)
+    order = (flat * len(flat) + row).argsort()                                    # expert first, then token order
     assert torch.equal(routing.token.long(), order // k), "rows are not in expert order, ties in token order"
     assert torch.equal(routing.slot.flatten().long()[order], row), "slot does not lead to the row of each choice"
-    assert set(routing.losses) == {"balance", "z"}
-    assert set(routing.stats) == {"load", "entropy", "dropped", "nonfinite"}
+    assert routing.losses.keys() == {"balance", "z"}
+    assert routing.stats.keys() == {"load", "entropy", "dropped", "nonfinite"}
+
+
+def seeded_route(logits: Tensor, config: RouterConfig, context: Context) -> Routing:
+    """`route` with the same random numbers every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return route(logits, config, context)
 
 
 def check_causal(logits: Tensor, config: RouterConfig, context: Context) -> bool:
@@ -864,11 +874,8 @@ def check_causal(logits: Tensor, config: RouterConfig, context: Context) -> bool
     half = len(logits) // 2
     changed = torch.cat([logits[:half], -logits[half:]])
     ids = None if context.ids is None else torch.cat([context.ids[:half], context.ids[half:] + 1])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        a = route(logits, config, context)
-        torch.manual_seed(0)
-        b = route(changed, config, replace(context, ids=ids))
+    a = seeded_route(logits, config, context)
+    b = seeded_route(changed, config, replace(context, ids=ids))
     return torch.equal(a.experts[:half], b.experts[:half]) and torch.equal(a.weights[:half], b.weights[:half])
 
 
@@ -878,17 +885,15 @@ def describe(name: str) -> str:
     return f"{name:14s}{'causal' if POLICIES[name].causal else 'not causal':12s}{what}"
 
 
-def try_policy(name: str, n: int = 512, e: int = 16) -> Routing:
+def try_policy(name: str) -> Routing:
     """Check a policy's promises on the logits of a router with favourites, and return what it does with them."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(n, e, generator=generator) + torch.linspace(1, -1, e)
-    ids = (256 * torch.rand(n, generator=generator) ** 3).long()                  # some tokens are frequent
+    logits = torch.randn(512, 16, generator=generator) + torch.linspace(1, -1, 16)
+    ids = (256 * torch.rand(512, generator=generator) ** 3).long()                # some tokens are frequent
     config = RouterConfig(name, top_k=1 if name == "switch" else 4)
     context = Context(ids, training=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        routing = route(logits, config, context)
-    check(routing, n, e)
+    routing = seeded_route(logits, config, context)
+    check(routing, *logits.shape)
     assert not POLICIES[name].causal or check_causal(logits, config, context), f"{name} says it is causal and is not"
     return routing
 
@@ -913,7 +918,7 @@ def show_load(name: str) -> None:
     print("\nshare of all rows that each expert is chosen for")
     for e, share in enumerate(load):
         print(f"  expert {e:3d} {share:6.2%} {'#' * round(20 * share / even)}")
-    print(f"  {'even load':10s} {even:6.2%} {'#' * 20}")
+    print(f"  even load  {even:6.2%} {'#' * 20}")
 
 
 def main(argv: list[str]) -> None:
@@ -921,13 +926,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--list", action="store_true", help="name the policies, one line each")
     parser.add_argument("--policy", metavar="NAME", help="the load that one policy gives its experts")
     args = parser.parse_args(argv)
-    require(args.policy in (None, *POLICIES),
-            f"policy {args.policy!r} is not one of {', '.join(POLICIES)}{closest(str(args.policy), POLICIES)}")
     if args.list:
         print("\n".join(map(describe, POLICIES)))
-        return
-    compare_policies([args.policy] if args.policy else POLICIES)
-    if args.policy:
+    elif args.policy is None:
+        compare_policies(POLICIES)
+    else:
+        require_one_of("policy", args.policy, POLICIES)
+        compare_policies([args.policy])
         show_load(args.policy)
 
 
