@@ -547,7 +547,8 @@ class Experts(torch.autograd.Function):
     def forward(ctx, x, weights, token, slot, offsets, recompute, *matrices):
         weight = x.new_empty(len(token), 1)                                      # of each row
         weight[slot.flatten()] = weights.view(-1, 1).to(x.dtype)
-        y, kept = x.new_empty(len(token), x.shape[1]), []
+        y = x.new_empty(len(token), x.shape[1])
+        kept = []
         for p in pieces(x, token, slot, offsets, matrices):
             h = product(p, take(p, x), p.w_in)                                   # (rows, 2F)
             y = put(p, product(p, swiglu(h, weight[p.rows]), p.w_out), y)
@@ -562,7 +563,8 @@ class Experts(torch.autograd.Function):
         x, weight, token, slot, offsets, *rest = ctx.saved_tensors
         matrices, kept = rest[:ctx.n_matrix], rest[ctx.n_matrix:]
         dmatrices = [torch.empty_like(w) for w in matrices]
-        dx, dy = x.new_empty(len(token), x.shape[1]), dy.to(x.dtype)
+        dx = x.new_empty(len(token), x.shape[1])
+        dy = dy.to(x.dtype)
         dweight = x.new_empty(len(token), dtype=torch.float32)
         with torch.autocast(x.device.type, enabled=False):           # the precision was chosen forward
             for i, p in enumerate(pieces(x, token, slot, offsets, matrices, dmatrices)):
@@ -593,7 +595,8 @@ class Piece(NamedTuple):
 def pieces(x: Tensor, token: Tensor, slot: Tensor, offsets: Tensor, matrices, dmatrices=None) -> Iterator[Piece]:
     """All experts of a width at once, where a grouped product is faster, or one after the other: the few rows of one
     stay in a processor's cache from the first product to the last. Several widths at once cost a wait for the GPU."""
-    dmatrices, one_width = dmatrices or [None] * len(matrices), len(matrices) == 2
+    dmatrices = dmatrices or [None] * len(matrices)
+    one_width = len(matrices) == 2
     mean_rows = len(token) / len(offsets)                                        # of an expert
     at_once = all(has_grouped_mm(x, w_out.shape[2], mean_rows) for w_out in matrices[1::2])
     ends = [len(token)] * len(offsets) if at_once and one_width else offsets.tolist()
@@ -602,10 +605,11 @@ def pieces(x: Tensor, token: Tensor, slot: Tensor, offsets: Tensor, matrices, dm
         last = first + len(w_in)
         w_in, w_out = w_in.to(x.dtype), w_out.to(x.dtype)
         if at_once:
-            rows, offs = slice(start, ends[last - 1]), (offsets[first:last] - start).int()
-            yield Piece(rows, rows.stop - start, token[rows], slot if one_width else None, offs,
-                        w_in, w_out, dw_in, dw_out)
-            start = rows.stop
+            end = ends[last - 1]
+            rows = slice(start, end)
+            offs = (offsets[first:last] - start).int()
+            yield Piece(rows, end - start, token[rows], slot if one_width else None, offs, w_in, w_out, dw_in, dw_out)
+            start = end
         else:
             grads = zip(dw_in, dw_out) if dw_in is not None else [(None, None)] * len(w_in)
             for end, *pair, grad in zip(ends[first:last], w_in, w_out, grads):
@@ -668,7 +672,8 @@ def swiglu_backward(h: Tensor, da: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     """From da, the gradient of a = swiglu(h, weight), used up: dh (rows, 2F), a again (rows, F), dweight (rows,)."""
     dh = torch.empty_like(h)
     if use_kernels(h) and len(h):
-        a, dweight = torch.empty_like(da), h.new_empty(len(h), dtype=torch.float32)
+        a = torch.empty_like(da)
+        dweight = h.new_empty(len(h), dtype=torch.float32)
         swiglu_bwd[(len(h),)](h, weight, da, dh, a, dweight, da.shape[1], triton.next_power_of_2(da.shape[1]))
         return dh, a, dweight
     gate, up = h.chunk(2, -1)
@@ -684,7 +689,8 @@ def swiglu_backward(h: Tensor, da: Tensor, weight: Tensor) -> tuple[Tensor, Tens
 @jit
 def swiglu_fwd(h, weight, a, width, BLOCK: constexpr):
     """A row a program: reads 2F numbers and writes F, where the three torch operators of swiglu move 7F."""
-    row, f = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    f = tl.arange(0, BLOCK)
     gate = tl.load(h + row * 2 * width + f, f < width, other=0.0).to(tl.float32)
     up = tl.load(h + row * 2 * width + width + f, f < width, other=0.0).to(tl.float32)
     out = gate * tl.sigmoid(gate) * up * tl.load(weight + row).to(tl.float32)
@@ -694,7 +700,8 @@ def swiglu_fwd(h, weight, a, width, BLOCK: constexpr):
 @jit
 def swiglu_bwd(h, weight, da, dh, a, dweight, width, BLOCK: constexpr):
     """A row a program: reads 3F numbers and writes 3F, where the torch operators of swiglu_backward move 22F."""
-    row, f = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    f = tl.arange(0, BLOCK)
     gate = tl.load(h + row * 2 * width + f, f < width, other=0.0).to(tl.float32)
     up = tl.load(h + row * 2 * width + width + f, f < width, other=0.0).to(tl.float32)
     d = tl.load(da + row * width + f, f < width, other=0.0).to(tl.float32)
@@ -738,7 +745,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, learn):
-        n, w = len(x), weight.detach().to(x.dtype)
+        n = len(x)
+        w = weight.detach().to(x.dtype)
         for_x, for_weight = (learn and needed for needed in ctx.needs_input_grad[:2])
         fit = LOGIT_BYTES // (4 * len(w))
         step = fit // TILE * TILE or max(1, fit)                                  # whole tiles where there is room
@@ -749,7 +757,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + step)
             logits = fast_linear(x[rows], w).float()                                   # (step, V)
             target = targets[rows, None]
-            top, hit = logits.amax(-1, keepdim=True), logits.gather(1, target)
+            top = logits.amax(-1, keepdim=True)
+            hit = logits.gather(1, target)
             p = logits.sub_(top).exp_()                                           # in place: no second (step, V)
             mass = p.sum(-1, keepdim=True)
             total += (top + mass.log() - hit).sum()
@@ -799,7 +808,8 @@ def decode_attend(x: Tensor, w: Attention, rope: tuple, cache: "StaticCache") ->
 def decode_experts(x: Tensor, routing: Routing, w: MoE) -> Tensor:
     """`experts` for the few tokens of a step: no rows to sort, no loop. Uncompiled, w[experts] would copy K experts a
     token; the compiler multiplies them where they lie. An expert of another width counts with weight 0."""
-    y, first = torch.zeros_like(x), 0
+    y = torch.zeros_like(x)
+    first = 0
     for w_in, w_out in zip(w.w_in, w.w_out):
         e = (routing.experts - first).clamp(0, len(w_in) - 1)                    # (N, K)
         weight = routing.weights * (e == routing.experts - first)
@@ -846,7 +856,9 @@ class Decoder:
             assert self.source is not cache, "after a first single token each step is one token"
             return next_logits(model, tokens, cache)
         if self.source is not cache:
-            self.source, self.cache, self.graph = cache, StaticCache(cache), None
+            self.source = cache
+            self.cache = StaticCache(cache)
+            self.graph = None
         if not tokens.is_cuda:
             return self.step(model, tokens)
         if self.graph is None:
@@ -861,7 +873,9 @@ class Decoder:
 
     def capture(self, model: Model, tokens: Tensor) -> None:
         """Record the kernels of a step. The two steps it takes leave no trace: the position goes back."""
-        self.tokens, used, stream = tokens.clone(), self.cache.used.clone(), torch.cuda.Stream()
+        self.tokens = tokens.clone()
+        used = self.cache.used.clone()
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.step(model, self.tokens)                                        # compiles and warms up
@@ -886,7 +900,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
-from router import POLICIES, BadInput, Parser, closest, require, require_each, run_script
+from router import POLICIES, BadInput, Parser, closest, require, require_each, require_one_of, run_script
 
 
 def is_file(name: str) -> bool:
@@ -899,15 +913,14 @@ def is_file(name: str) -> bool:
 
 def whole_groups(pairs) -> list[tuple[int, int]]:
     """expert_groups as pairs of whole numbers (JSON has lists, a command line 1e3), or BadInput."""
-
-    def whole(n) -> bool:
-        return isinstance(n, (int, float)) and 0 < n < 2**31 and n == int(n)
-
-    require(isinstance(pairs, list) and len(pairs) > 0
-            and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
-            and all(whole(n) for pair in pairs for n in pair),
+    try:
+        groups = [(int(n), int(width)) for n, width in pairs]
+        fits = len(groups) > 0 and groups == [tuple(pair) for pair in pairs]
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    require(fits and all(0 < n < 2**31 for group in groups for n in group),
             f"expert_groups = {pairs} must be a list of (experts, width) pairs, such as [(16, 256), (32, 128)]")
-    return [(int(n), int(width)) for n, width in pairs]
+    return groups
 
 
 def validate(config: ModelConfig) -> None:
@@ -918,8 +931,7 @@ def validate(config: ModelConfig) -> None:
                  "not be negative")
     require_each(config, "capacity_factor eval_capacity_factor", lambda n: n > 0, "be positive, or None for no limit")
     require_each(config, "top_p", lambda p: 0 < p <= 1, "be above 0, at most 1")
-    scopes = ("micro_batch", "sequence", "global")
-    require_each(config, "balance_scope", scopes.__contains__, f"be one of {', '.join(scopes)}")
+    require_one_of("balance_scope", config.balance_scope, ("micro_batch", "sequence", "global"))
     require(config.top_k <= config.n_expert, f"top_k = {config.top_k} must be 1 to n_expert = {config.n_expert}")
     require(config.n_head % config.n_kv_head == 0,
             f"n_head = {config.n_head} must be a multiple of n_kv_head = {config.n_kv_head}")
@@ -929,10 +941,9 @@ def validate(config: ModelConfig) -> None:
     wide = max(n * 2 * width for n, width in config.widths)
     require(max(wide, config.vocab_size, config.n_head * config.d_head) * config.d_model < 2**60,
             "a matrix of this model has over 10^18 numbers: make it smaller")
-    require(config.router in POLICIES,
-            f"router = {config.router!r} is not one of {', '.join(POLICIES)}{closest(config.router, POLICIES)}")
-    require(config.router != "switch" or config.top_k == 1, f"router = 'switch' visits one expert: set top_k = 1, "
-                                                        f"not {config.top_k}")
+    require_one_of("router", config.router, POLICIES)
+    require(config.router != "switch" or config.top_k == 1,
+            f"router = 'switch' visits one expert: set top_k = 1, not {config.top_k}")
     require(config.bias_rate == 0 or config.router in ("softmax", "switch", "sigmoid"),
             f"bias_rate = {config.bias_rate}: router = {config.router!r} has no bias to choose by")
     require(config.router != "expert_choice" or config.capacity_factor is config.eval_capacity_factor is None,
@@ -952,15 +963,15 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
     Activations are what autograd keeps for the backward pass, layer by layer, plus the temporaries of the one layer
     being worked on; logits are the pieces LinearCrossEntropy holds at once.
     """
-    c, sizes = config, count(config)
-    params = sizes["total"] if c.tie_embeddings else sizes["total_untied"]
-    tokens, wide = micro_batch * c.seq_len, 2 if dtype == "bfloat16" else 4
-    query, key = c.n_head * c.d_head, c.n_kv_head * c.d_head
+    c = config
+    params = count(c)["total" if c.tie_embeddings else "total_untied"]
+    tokens = micro_batch * c.seq_len
+    wide = 2 if dtype == "bfloat16" else 4
     n_dense = c.n_layer if c.n_expert == 1 else c.first_dense_layers
-    kept = c.n_layer * (2 * c.d_model * 4 + 2 * c.d_model * 4)                   # input and norm, twice a block
+    kept = c.n_layer * 2 * 2 * c.d_model * 4                                     # input and norm, twice a block
     kept += n_dense * 4 * c.active_width * wide                                  # gate, up, silu and their product
     kept += (c.n_layer - n_dense) * (4 * (3 * c.n_expert + 8 * c.top_k) + 4 * c.d_shared * wide)   # router; shared
-    attention = (2 * (query + 2 * key) + 2 * query) * wide                       # q k v; q k with RoPE; y, twice
+    attention = 4 * (c.n_head + c.n_kv_head) * c.d_head * wide                   # q, k and v, and y, each twice
     slots = 2 if c.router == "expert_choice" else 1                              # it has room for 2K choices a token
     routed = 0 if c.n_expert == 1 else slots * 2 * (c.active_width - c.d_shared) * wide      # pre-activation
     working = slots * (c.top_k * 2 * c.d_model + 5 * c.active_width) * wide      # gathered rows and their gradients
@@ -970,7 +981,7 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
         kept += c.n_layer * attention + (c.n_layer - n_dense) * routed
     table = c.vocab_size * c.d_model * 4
     logits = min(LOGIT_BYTES, tokens * c.vocab_size * 4) + table                 # a piece, and the table's gradient;
-    logits *= 1 if wide == 4 else 2                                              # with bfloat16 also copies of both
+    logits *= 4 // wide                                                          # with bfloat16 also copies of both
     parts = {"weights": 4 * params, "gradients": 4 * params, "optimizer": 8 * params,
              "activations": tokens * (kept + working), "logits": logits}
     return parts | {"total": sum(parts.values())}
@@ -1013,8 +1024,9 @@ HF_FIELDS = {  # ours: theirs (Qwen3MoeConfig)
     "n_kv_head": "num_key_value_heads", "d_head": "head_dim", "n_expert": "num_experts", "top_k": "num_experts_per_tok",
     "d_expert": "moe_intermediate_size", "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings", "renormalize": "norm_topk_prob",
-    "aux_coef": "router_aux_loss_coef",
+    "rope_base": "rope_theta", "aux_coef": "router_aux_loss_coef",
 }
+HF_OPTIONAL = ("max_seq_len", "norm_eps", "tie_embeddings", "renormalize", "aux_coef")    # may be missing
 HF_ONLY = {  # ours: the only value their model can be
     "qk_norm": True, "router": "softmax", "expert_groups": None, "d_shared": 0, "first_dense_layers": 0,
     "eval_capacity_factor": None, "bias_rate": 0,
@@ -1025,59 +1037,61 @@ HF_UNSUPPORTED = {  # theirs: the only value this model can be
 }
 
 
-def hf_names(config: ModelConfig) -> dict[str, list]:
-    """Our parameter -> their tensors: a list is concatenated by rows, a list of lists is then stacked over experts."""
+def hf_names(config: ModelConfig) -> dict[str, list[str]]:
+    """Our parameter -> their tensors, which it holds one behind another, as rows."""
     names = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
     if not config.tie_embeddings:
         names["head.weight"] = ["lm_head.weight"]
+    block = {
+        "attn_norm.weight": ["input_layernorm"],
+        "attn.qkv.weight": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "attn.q_norm.weight": ["self_attn.q_norm"],
+        "attn.k_norm.weight": ["self_attn.k_norm"],
+        "attn.out.weight": ["self_attn.o_proj"],
+        "ffn_norm.weight": ["post_attention_layernorm"],
+    }
+    if config.n_expert == 1:
+        block |= {"ffn.w_in": ["mlp.gate_proj", "mlp.up_proj"], "ffn.w_out": ["mlp.down_proj"]}
+    else:
+        experts = [f"mlp.experts.{e}" for e in range(config.n_expert)]
+        block["ffn.gate"] = ["mlp.gate"]
+        block["ffn.w_in.0"] = [f"{expert}.{part}_proj" for expert in experts for part in ("gate", "up")]
+        block["ffn.w_out.0"] = [f"{expert}.down_proj" for expert in experts]
     for i in range(config.n_layer):
-        ours, hf = f"blocks.{i}.", f"model.layers.{i}."
-        names[ours + "attn_norm.weight"] = [hf + "input_layernorm.weight"]
-        names[ours + "attn.qkv.weight"] = [f"{hf}self_attn.{x}_proj.weight" for x in "qkv"]
-        names[ours + "attn.out.weight"] = [hf + "self_attn.o_proj.weight"]
-        if config.qk_norm:
-            names[ours + "attn.q_norm.weight"] = [hf + "self_attn.q_norm.weight"]
-            names[ours + "attn.k_norm.weight"] = [hf + "self_attn.k_norm.weight"]
-        names[ours + "ffn_norm.weight"] = [hf + "post_attention_layernorm.weight"]
-        if config.n_expert == 1:
-            names[ours + "ffn.w_in"] = [f"{hf}mlp.{x}_proj.weight" for x in ("gate", "up")]
-            names[ours + "ffn.w_out"] = [hf + "mlp.down_proj.weight"]
-        else:
-            each = [f"{hf}mlp.experts.{e}." for e in range(config.n_expert)]
-            names[ours + "ffn.gate"] = [hf + "mlp.gate.weight"]
-            names[ours + "ffn.w_in.0"] = [[f"{x}gate_proj.weight", f"{x}up_proj.weight"] for x in each]
-            names[ours + "ffn.w_out.0"] = [[f"{x}down_proj.weight"] for x in each]
+        for ours, theirs in block.items():
+            names[f"blocks.{i}.{ours}"] = [f"model.layers.{i}.{name}.weight" for name in theirs]
     return names
 
 
 def to_hf_tensors(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under transformers' names and shapes (weights, or anything shaped like them: gradients)."""
+    """Transformers' names and shapes as views of our tensors (weights, or anything shaped like them: gradients)."""
     out = {}
-    heads = [config.n_head * config.d_head, config.n_kv_head * config.d_head, config.n_kv_head * config.d_head]
+    heads = [n * config.d_head for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
     for ours, theirs in hf_names(config).items():
-        parts = tensors[ours] if isinstance(theirs[0], list) else [tensors[ours]]
-        for names, tensor in zip(theirs if isinstance(theirs[0], list) else [theirs], parts):
-            sizes = heads if len(names) == 3 else [len(tensor) // len(names)] * len(names)
-            out |= dict(zip(names, tensor.split(sizes)))
+        rows = tensors[ours]
+        if rows.dim() == 3:                                                      # experts, one behind another
+            rows = rows.flatten(0, 1)
+        out |= dict(zip(theirs, rows.split(heads if "qkv" in ours else len(rows) // len(theirs))))
     return out
 
 
 def to_hf(model: Model, folder: str | Path) -> None:
     """Write config.json and model.safetensors for transformers' Qwen3MoeForCausalLM (dense: Qwen3ForCausalLM)."""
     save_file = optional("safetensors.torch").save_file
-    c, moe = model.config, model.config.n_expert > 1
+    c = model.config
     for name, only in HF_ONLY.items():
         value = getattr(c, name)
         require(value == only, f"{name} = {value!r} cannot be exported: transformers' Qwen3-MoE has only {only!r}")
-    config = {theirs: getattr(c, ours) for ours, theirs in HF_FIELDS.items()} | HF_UNSUPPORTED
-    config["router_aux_loss_coef"] = c.aux_coef / c.top_k              # their balance loss is K times ours
-    config |= {"model_type": "qwen3_moe" if moe else "qwen3", "intermediate_size": c.d_expert, "dtype": "float32",
-               "architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"], "rope_theta": c.rope_base,
-               "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base}}
+    moe = c.n_expert > 1
+    config = {theirs: getattr(c, ours) for ours, theirs in HF_FIELDS.items()} | HF_UNSUPPORTED | {
+        "router_aux_loss_coef": c.aux_coef / c.top_k,                            # their balance loss is K times ours
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base}, "intermediate_size": c.d_expert,
+        "model_type": "qwen3_moe" if moe else "qwen3", "dtype": "float32",
+        "architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"],
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = to_hf_tensors(c, {name: p.detach().cpu() for name, p in model.named_parameters()})
-    tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    tensors = {name: t.cpu().clone() for name, t in to_hf_tensors(c, model.state_dict()).items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
@@ -1086,72 +1100,68 @@ def from_hf(folder: str | Path) -> Model:
     """Read a Qwen3-MoE (or dense Qwen3) folder: one safetensors file or a sharded index, experts singly or fused."""
     folder = Path(folder)
     config = hf_config(folder)
-    model, found = Model(config), split_fused(hf_tensors(folder))
+    model = Model(config)
+    found = split_fused(hf_tensors(folder))
     if config.tie_embeddings:
         found.pop("lm_head.weight", None)                                        # some files store the table twice
-    expected = to_hf_tensors(config, dict(model.named_parameters()))
-    for name, tensor in expected.items():
+    for name, ours in to_hf_tensors(config, model.state_dict()).items():         # views: what they get the model has
         require(name in found, f"tensor {name} is missing from {folder}")
-        theirs, ours = tuple(found[name].shape), tuple(tensor.shape)
-        require(theirs == ours, f"{name} in {folder} has shape {theirs}; its config.json makes it {ours}")
-    extra = found.keys() - expected.keys()
-    require(not extra, f"{folder} holds {len(extra)} tensors without a place here, one is {min(extra, default='')}")
-    with torch.no_grad():
-        for ours, theirs in hf_names(config).items():
-            flat = [name for names in theirs for name in names] if isinstance(theirs[0], list) else theirs
-            p = model.get_parameter(ours)
-            p.copy_(torch.cat([found[name] for name in flat]).view(p.shape))
+        theirs = found.pop(name)
+        require(theirs.shape == ours.shape, f"{name} in {folder} has shape {tuple(theirs.shape)}; its config.json "
+                                            f"makes it {tuple(ours.shape)}")
+        ours.copy_(theirs)
+    require(not found, f"{folder} holds {len(found)} tensors without a place here, one is {min(found, default='')}")
     return model
 
 
-def hf_config(folder: Path) -> ModelConfig:
-    require((folder / "config.json").is_file(), f"{folder} has no config.json: is it a checkpoint folder?")
+def read_config_json(folder: Path) -> dict:
+    path = folder / "config.json"
+    require(path.is_file(), f"{folder} has no config.json: train it first, or check the path")
     try:
-        hf = json.loads((folder / "config.json").read_text())
+        return json.loads(path.read_text())
     except ValueError:
-        raise BadInput(f"{folder}/config.json is no JSON") from None
-    kind = hf.get("model_type")
+        raise BadInput(f"{path} is no JSON") from None
+
+
+def hf_config(folder: Path) -> ModelConfig:
+    hf = read_config_json(folder)
     where = f"in {folder}/config.json"
+    kind = hf.get("model_type")
     require(kind in ("qwen3_moe", "qwen3"), f"model_type {kind!r} {where}; qwen3_moe and qwen3 are read here")
     if kind == "qwen3":
-        hf = hf | {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": hf.get("intermediate_size")}
-    for name, only in HF_UNSUPPORTED.items():
-        value = hf.get(name, only)
-        require(value == only or (not value and not only), f"{name} = {value} {where}; only {only} is read here")
-    rope = {"rope_theta": hf.get("rope_theta")} | (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
-    require(rope["rope_theta"] is not None, f"rope_theta missing {where}")
-    require(rope.get("partial_rotary_factor", 1) == 1, f"partial_rotary_factor {where}; only 1 is read here")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    require(rope_type == "default", f"rope_type {rope_type!r} {where}; only 'default' is read here")
+        hf |= {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": hf.get("intermediate_size")}
+    hf |= (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})     # two places of one thing, by age
+    hf.setdefault("rope_type", hf.get("type"))
     hf.setdefault("num_experts", hf.get("num_local_experts"))
+    for name, only in (HF_UNSUPPORTED | {"rope_type": "default", "partial_rotary_factor": 1}).items():
+        value = hf.get(name)
+        require(value in (None, only), f"{name} = {value!r} {where}; only {only!r} is read here")
     if hf.get("head_dim") is None and hf.get("hidden_size") and hf.get("num_attention_heads"):
         hf["head_dim"] = hf["hidden_size"] // hf["num_attention_heads"]
     known = {ours: hf[theirs] for ours, theirs in HF_FIELDS.items() if hf.get(theirs) is not None}
-    missing = [HF_FIELDS[ours] for ours in HF_FIELDS if ours.startswith(("n_", "d_", "vocab")) and ours not in known]
+    missing = [theirs for ours, theirs in HF_FIELDS.items() if ours not in (*known, *HF_OPTIONAL)]
     require(not missing, f"{', '.join(missing)} missing {where}")
     if "aux_coef" in known:
         known["aux_coef"] *= known["top_k"]                            # see to_hf
+    known["rope_base"] = float(known["rope_base"])
     seq_len = min(ModelConfig.seq_len, known.get("max_seq_len", ModelConfig.seq_len))
-    config = ModelConfig(**{"renormalize": False, "tie_embeddings": False} | known, seq_len=seq_len,
-                         rope_base=float(rope["rope_theta"]))
+    config = ModelConfig(**{"renormalize": False, "tie_embeddings": False} | known, seq_len=seq_len)
     validate(config)
     return config
 
 
 def hf_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the folder, memory-mapped, from model.safetensors or from the shards its index names."""
-    load_file, broken = optional("safetensors.torch").load_file, optional("safetensors").SafetensorError
+    load_file = optional("safetensors.torch").load_file
     index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else ["model.safetensors"]
     tensors = {}
-    for file in files:
-        require((folder / file).is_file(), f"{folder} lacks {file}")
+    for path in sorted(folder / file for file in files):
+        require(path.is_file(), f"{folder} lacks {path.name}")
         try:
-            tensors |= load_file(folder / file)
-        except broken as error:
-            raise BadInput(f"{folder / file} cannot be read: {error}") from None
+            tensors |= load_file(path)
+        except optional("safetensors").SafetensorError as error:
+            raise BadInput(f"{path} cannot be read: {error}") from None
     return tensors
 
 
@@ -1160,10 +1170,10 @@ def split_fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".experts.")
-        if kind not in ("gate_up_proj", "down_proj"):
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind)
+        if parts is None:
             out[name] = tensor
             continue
-        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
         for e, expert in enumerate(tensor):
             out |= {f"{layer}.experts.{e}.{p}.weight": t for p, t in zip(parts, expert.chunk(len(parts)))}
     return out
@@ -1185,10 +1195,10 @@ def optional(package: str):
 QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN_SPECIAL = (
-    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start "
-    "vision_end vision_pad image_pad video_pad tool_call /tool_call fim_prefix fim_middle fim_suffix fim_pad repo_name "
-    "file_sep tool_response /tool_response think /think").split()
-PLAIN_TAGS = {"tool_call", "/tool_call", "tool_response", "/tool_response", "think", "/think"}  # <think>, no |
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
+    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
+    "<tool_response> </tool_response> <think> </think>").split()
 
 
 def load_tokenizer(name: str):
@@ -1203,8 +1213,8 @@ def load_tokenizer(name: str):
                                  special_tokens={"<|endoftext|>": 256})
     if is_file(name):
         ranks = read_ranks(Path(name))
-        names = QWEN_SPECIAL if len(ranks) == 151_643 else QWEN_SPECIAL[:1]
-        special = {f"<{s}>" if s in PLAIN_TAGS else f"<|{s}|>": len(ranks) + i for i, s in enumerate(names)}
+        tokens = QWEN_SPECIAL if len(ranks) == 151_643 else QWEN_SPECIAL[:1]
+        special = {token: len(ranks) + i for i, token in enumerate(tokens)}
         return tiktoken.Encoding(Path(name).stem, pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=special)
     known = tiktoken.list_encoding_names()
     require(name in known, f"tokenizer {name!r} is neither 'bytes', a ranks file, nor one of {', '.join(known)}"
@@ -1268,7 +1278,8 @@ def reader(tokenizer) -> Callable[[int], str]:
 
 def ids_of(text: str, tokenizer, model: Model) -> list[int]:
     """The ids of a text, at least one, if each has a row in the model's embedding; else BadInput."""
-    ids, size = tokenizer.encode_ordinary(text) or [tokenizer.eot_token], model.config.vocab_size
+    ids = tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
+    size = model.config.vocab_size
     require(min(ids) >= 0 and max(ids) < size, f"the tokenizer makes token {max(ids)} of this text, and the model has "
                                                f"{size}: give --tokenizer the model's own, and a --prompt")
     return ids
@@ -1276,8 +1287,10 @@ def ids_of(text: str, tokenizer, model: Model) -> list[int]:
 
 def write_text(model: Model, tokenizer, prompt: str, n_token: int, **sampling) -> Iterator[str]:
     """The prompt and what follows, piece by piece."""
-    ids, read = ids_of(prompt, tokenizer, model), reader(tokenizer)
-    length, limit = len(ids) + n_token, model.config.max_seq_len
+    ids = ids_of(prompt, tokenizer, model)
+    read = reader(tokenizer)
+    length = len(ids) + n_token
+    limit = model.config.max_seq_len
     require(length <= limit, f"prompt and new tokens take {length} positions; the limit is {limit}")
     yield prompt
     for token in generate(model, torch.tensor([ids]), n_token, n_vocab=tokenizer.n_vocab, **sampling):
@@ -1296,11 +1309,7 @@ def load_run(folder: str | Path, device: str = "cpu", tokenizer: str | None = No
 def load_model(folder: str | Path) -> tuple[Model, dict]:
     """The model and what its config.json says: of a run (it then names its tokenizer), or a Hugging Face checkpoint."""
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else None
-    except ValueError:
-        raise BadInput(f"{folder}/config.json is no JSON") from None
-    require(config is not None, f"{folder} has no config.json: train it first, or check the path")
+    config = read_config_json(folder)
     if "model_type" in config:
         return from_hf(folder), {}
     require((folder / "ckpt.pt").is_file(), f"{folder} has no ckpt.pt: train it first, or check the path")
@@ -1322,14 +1331,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokenizer", help="another than the run's or the folder's own: see load_tokenizer")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to write")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    parser.add_argument("--top_k", type=int, default=50, help="draw from this many likeliest tokens")
+    parser.add_argument("--top_k", type=int, default=50, help="choose among this many likeliest tokens")
     parser.add_argument("--seed", type=int, default=1, help="of the random numbers, below 2**63")
     parser.add_argument("--compile", action="store_true", help="compile the step first: pays from some thousand tokens")
     args = parser.parse_args(argv)
     require(not args.folder.endswith(".py"), f"{args.folder} is a config, and text needs what it trains: run python "
-                                             f"train.py {args.folder} first (--dry_run prints its sizes)")
-    for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
-        require(low <= getattr(args, name) < 2**63, f"--{name} {getattr(args, name)} must be at least {low}")
+                                             f"train.py {args.folder} first")
+    require_each(args, "tokens top_k", lambda n: 0 < n < 2**63, "be positive, below 2**63")
+    require_each(args, "temperature seed", lambda n: 0 <= n < 2**63, "not be negative, and below 2**63")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_run(args.folder, device, args.tokenizer)
     step = Decoder() if args.compile else next_logits
