@@ -716,9 +716,9 @@ def swiglu_bwd(h, weight, da, dh, a, dweight, width, BLOCK: constexpr):
 
 
 def has_grouped_mm(x: Tensor, width: int, rows: float) -> bool:
-    """On a GPU grouped_mm is one fast kernel for bf16 from Hopper on. On a CPU it is a loop like ours, in C++ and by
-    the slower library: it wins while starting operators takes longer than the products of an expert's mean rows."""
-    aligned = x.shape[1] % 8 == 0 and width % 8 == 0                   # it wants rows of whole 16 bytes
+    """On a GPU grouped_mm is one fast kernel for bf16 from Hopper on. On a CPU it is a loop over experts, in C++ and by
+    MKL: faster while starting operators takes longer than the products of an expert's mean rows."""
+    aligned = x.shape[1] % 8 == 0 and width % 8 == 0                   # grouped_mm wants rows of whole 16 bytes
     if x.is_cuda:
         return aligned and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
     few = rows * x.shape[1] * width <= 2**20
@@ -786,8 +786,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def decode_linear(x: Tensor, w: Tensor) -> Tensor:
-    """`linear` of a single row as a sum: torch.compile fuses it with what is around it, which a library's call would
-    cost more than."""
+    """`linear` of a single row as a sum: torch.compile fuses it with the operators around it, and together they cost
+    less than a library's call."""
     if x.numel() == x.shape[-1]:
         return (x.flatten() * w).sum(1).view(*x.shape[:-1], -1)
     return fast_linear(x, w)
@@ -1026,7 +1026,7 @@ HF_FIELDS = {  # ours: theirs (Qwen3MoeConfig)
     "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings", "renormalize": "norm_topk_prob",
     "rope_base": "rope_theta", "aux_coef": "router_aux_loss_coef",
 }
-HF_OPTIONAL = ("max_seq_len", "norm_eps", "tie_embeddings", "renormalize", "aux_coef")    # may be missing
+HF_OPTIONAL = ("d_head", "max_seq_len", "norm_eps", "aux_coef")       # a config.json may lack them
 HF_ONLY = {  # ours: the only value their model can be
     "qk_norm": True, "router": "softmax", "expert_groups": None, "d_shared": 0, "first_dense_layers": 0,
     "eval_capacity_factor": None, "bias_rate": 0,
@@ -1130,22 +1130,22 @@ def hf_config(folder: Path) -> ModelConfig:
     require(kind in ("qwen3_moe", "qwen3"), f"model_type {kind!r} {where}; qwen3_moe and qwen3 are read here")
     if kind == "qwen3":
         hf |= {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": hf.get("intermediate_size")}
-    hf |= (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})     # two places of one thing, by age
+    hf |= (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})     # older transformers, and newer
     hf.setdefault("rope_type", hf.get("type"))
     hf.setdefault("num_experts", hf.get("num_local_experts"))
     for name, only in (HF_UNSUPPORTED | {"rope_type": "default", "partial_rotary_factor": 1}).items():
         value = hf.get(name)
         require(value in (None, only), f"{name} = {value!r} {where}; only {only!r} is read here")
-    if hf.get("head_dim") is None and hf.get("hidden_size") and hf.get("num_attention_heads"):
-        hf["head_dim"] = hf["hidden_size"] // hf["num_attention_heads"]
-    known = {ours: hf[theirs] for ours, theirs in HF_FIELDS.items() if hf.get(theirs) is not None}
+    known = {"renormalize": False, "tie_embeddings": False}
+    known |= {ours: hf[theirs] for ours, theirs in HF_FIELDS.items() if hf.get(theirs) is not None}
     missing = [theirs for ours, theirs in HF_FIELDS.items() if ours not in (*known, *HF_OPTIONAL)]
     require(not missing, f"{', '.join(missing)} missing {where}")
     if "aux_coef" in known:
-        known["aux_coef"] *= known["top_k"]                            # see to_hf
+        known["aux_coef"] *= known["top_k"]                                      # see to_hf
     known["rope_base"] = float(known["rope_base"])
-    seq_len = min(ModelConfig.seq_len, known.get("max_seq_len", ModelConfig.seq_len))
-    config = ModelConfig(**{"renormalize": False, "tie_embeddings": False} | known, seq_len=seq_len)
+    known.setdefault("d_head", known["d_model"] // (known["n_head"] or 1))
+    config = ModelConfig(**known)
+    config.seq_len = min(config.seq_len, config.max_seq_len)
     validate(config)
     return config
 

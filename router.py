@@ -760,9 +760,9 @@ class Gather(torch.autograd.Function):
         ctx.save_for_backward(slot)
         if use_kernels(x) and len(slot):
             return run_rows(gather_rows, x, slot, slot.numel())
-        row_to_token = torch.empty_like(slot).view(-1).scatter_(
-            0, slot.flatten().long(), torch.arange(slot.numel(), dtype=slot.dtype, device=slot.device))
-        return x.index_select(0, row_to_token // slot.shape[1])
+        row = slot.flatten().long()
+        choice = torch.empty_like(row).scatter_(0, row, torch.arange(len(row), device=slot.device))    # of each row
+        return x.index_select(0, choice // slot.shape[1])
 
     @staticmethod
     def backward(ctx, d_rows):
