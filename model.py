@@ -569,7 +569,7 @@ class Experts(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):           # the precision was chosen forward
             for i, p in enumerate(pieces(x, token, slot, offsets, matrices, dmatrices)):
                 x_p, dy_p = take(p, x), take(p, dy)
-                dy_p[p.n:] = 0                                     # the next experts' rows, if finite, add nothing here
+                dy_p[p.n:] = 0                                     # rows that only fill a tile, if finite, add nothing
                 h = kept[i] if kept else product(p, x_p, p.w_in)
                 dh, a, dweight[p.rows] = swiglu_backward(h, product(p, dy_p, p.w_out.mT), weight[p.rows])
                 outer(p, dh, x_p, p.dw_in)
@@ -582,9 +582,9 @@ class Piece(NamedTuple):
     """Rows that are multiplied in one go: those of one expert, or of all experts of a width."""
 
     rows: slice                   # in expert order
-    n: int                        # the first n of them count
+    n: int                        # the first n are the piece's own, the others fill a tile: see whole_tiles
     token: Tensor                 # (rows,) which tokens they are copies of
-    slot: Tensor | None           # where all rows are here: (N, K), as Routing has it
+    slot: Tensor | None           # Routing's (N, K), where the piece is all R rows
     offs: Tensor | None           # where each expert's rows end among these, int32; None: one expert
     w_in: Tensor                  # (2F, D), or (E, 2F, D)
     w_out: Tensor                 # (D, F), or (E, D, F)
@@ -620,10 +620,10 @@ def pieces(x: Tensor, token: Tensor, slot: Tensor, offsets: Tensor, matrices, dm
 
 
 def whole_tiles(x: Tensor, width: int, n: int, left: int) -> int:
-    """The rows to multiply where an expert has n of the `left` rows from its first to the last of all.
+    """How many rows to multiply for an expert that has n; left: rows there are from its first on, later experts' too.
 
-    oneDNN wants few shapes, so rows of the next experts may follow, up to 15 or a sixteenth of n: what they yield is
-    dropped, overwritten or 0."""
+    oneDNN wants few shapes, so rows of the next experts may fill the last tile, up to 15 or a sixteenth of n: their
+    results are dropped, overwritten or 0."""
     tiled = AVX512 and on_cpu(x) and x.shape[1] % TILE == 0 and width % TILE == 0
     tile = 1 << max(4, n.bit_length() - 5) if tiled and n >= 8 else 1            # 8 to 511 rows: 16
     whole = -(-n // tile) * tile
@@ -972,7 +972,7 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
     kept += n_dense * 4 * c.active_width * wide                                  # gate, up, silu and their product
     kept += (c.n_layer - n_dense) * (4 * (3 * c.n_expert + 8 * c.top_k) + 4 * c.d_shared * wide)   # router; shared
     attention = 4 * (c.n_head + c.n_kv_head) * c.d_head * wide                   # q, k and v, and y, each twice
-    slots = 2 if c.router == "expert_choice" else 1                              # it has room for 2K choices a token
+    slots = 2 if c.router == "expert_choice" else 1                              # up to 2K places a token
     routed = 0 if c.n_expert == 1 else slots * 2 * (c.active_width - c.d_shared) * wide      # pre-activation
     working = slots * (c.top_k * 2 * c.d_model + 5 * c.active_width) * wide      # gathered rows and their gradients
     if c.recompute:
@@ -1026,7 +1026,7 @@ HF_FIELDS = {  # ours: theirs (Qwen3MoeConfig)
     "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings", "renormalize": "norm_topk_prob",
     "rope_base": "rope_theta", "aux_coef": "router_aux_loss_coef",
 }
-HF_OPTIONAL = ("d_head", "max_seq_len", "norm_eps", "aux_coef")       # a config.json may lack them
+HF_OPTIONAL = ("d_head", "max_seq_len", "norm_eps", "aux_coef")       # these of ours a config.json may lack
 HF_ONLY = {  # ours: the only value their model can be
     "qk_norm": True, "router": "softmax", "expert_groups": None, "d_shared": 0, "first_dense_layers": 0,
     "eval_capacity_factor": None, "bias_rate": 0,
@@ -1038,7 +1038,7 @@ HF_UNSUPPORTED = {  # theirs: the only value this model can be
 
 
 def hf_names(config: ModelConfig) -> dict[str, list[str]]:
-    """Our parameter -> their tensors, which it holds one behind another, as rows."""
+    """Our parameter -> their tensors: it holds their rows, one tensor behind another."""
     names = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
     if not config.tie_embeddings:
         names["head.weight"] = ["lm_head.weight"]
@@ -1104,7 +1104,7 @@ def from_hf(folder: str | Path) -> Model:
     found = split_fused(hf_tensors(folder))
     if config.tie_embeddings:
         found.pop("lm_head.weight", None)                                        # some files store the table twice
-    for name, ours in to_hf_tensors(config, model.state_dict()).items():         # views: what they get the model has
+    for name, ours in to_hf_tensors(config, model.state_dict()).items():         # views: to fill one fills the model
         require(name in found, f"tensor {name} is missing from {folder}")
         theirs = found.pop(name)
         require(theirs.shape == ours.shape, f"{name} in {folder} has shape {tuple(theirs.shape)}; its config.json "
@@ -1258,7 +1258,7 @@ class FolderTokenizer:
 
 
 def reader(tokenizer) -> Callable[[int], str]:
-    """What turns ids into text, one after the other; bytes that make no character yet wait for the next id."""
+    """A function from the next id of a text to its characters; bytes that make none yet wait for the ids to come."""
     if isinstance(tokenizer, FolderTokenizer):
         stream = optional("tokenizers").decoders.DecodeStream(skip_special_tokens=False)
         return lambda token: stream.step(tokenizer.inner, token) or ""
