@@ -1214,7 +1214,7 @@ def load_tokenizer(name: str):
     if is_file(name):
         ranks = read_ranks(Path(name))
         tokens = QWEN_SPECIAL if len(ranks) == 151_643 else QWEN_SPECIAL[:1]
-        special = {token: len(ranks) + i for i, token in enumerate(tokens)}
+        special = {token: i for i, token in enumerate(tokens, len(ranks))}
         return tiktoken.Encoding(Path(name).stem, pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=special)
     known = tiktoken.list_encoding_names()
     require(name in known, f"tokenizer {name!r} is neither 'bytes', a ranks file, nor one of {', '.join(known)}"
@@ -1289,9 +1289,9 @@ def write_text(model: Model, tokenizer, prompt: str, n_token: int, **sampling) -
     """The prompt and what follows, piece by piece."""
     ids = ids_of(prompt, tokenizer, model)
     read = reader(tokenizer)
-    length = len(ids) + n_token
     limit = model.config.max_seq_len
-    require(length <= limit, f"prompt and new tokens take {length} positions; the limit is {limit}")
+    require(len(ids) + n_token <= limit,
+            f"prompt and new tokens take {len(ids) + n_token} positions; the limit is {limit}")
     yield prompt
     for token in generate(model, torch.tensor([ids]), n_token, n_vocab=tokenizer.n_vocab, **sampling):
         if token == tokenizer.eot_token:

@@ -691,7 +691,7 @@ class TopK(torch.autograd.Function):
         k = config.top_k
         shape = tiling(n_expert)
         n_tile = triton.cdiv(n, shape["TILE"])
-        ctx.flags = config.router == "sigmoid", config.renormalize and config.router != "switch"   # the kernels' own
+        ctx.flags = config.router == "sigmoid", config.renormalize and config.router != "switch"   # SIGMOID, RENORMALIZE
         weights = logits.new_empty(n, k)
         experts = logits.new_empty(n, k, dtype=torch.int32)
         lse = logits.new_empty(n)
