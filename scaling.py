@@ -401,6 +401,7 @@ import re
 import shlex
 import sys
 from bisect import bisect_right
+from itertools import compress
 from pathlib import Path
 
 # --- 3a. runs in, tables out ---------------------------------------------------------------------
@@ -690,24 +691,24 @@ def run_simulate(args) -> dict:
     """Noisy losses from the paper's law on its runs, fitted with the 30 lowest held out."""
     truth = hold_out(paper_runs(), "loss:30")
     held = truth.weight == 0
-    names = (*TERMS, "prediction")
 
     def knowledge(law):
-        return *law.terms(EXPERTS), law.loss(*truth.take(held)[:3])
+        predictions = law.loss(*truth.take(held)[:3])
+        return dict(zip(TERMS, law.terms(EXPERTS)), prediction=predictions)
+    known = knowledge(Law())
     rows = []
     for seed in range(args.draws):
         runs = with_noise(truth, seed, outliers=args.outliers)
         fitted = fit(runs)
-        replicas = knowledge(many(bootstrap(fitted, runs, 200, seed)))
         error = fitted.law.loss(*truth[:3]) - truth.L
         row = {"rmse_train": rmse(error[~held]), "rmse_holdout": rmse(error[held]),
                "starts_agree": fitted.agree}
-        for name, values, true in zip(names, replicas, knowledge(Law())):
+        for name, values in knowledge(many(bootstrap(fitted, runs, 200, seed))).items():
             low, high = np.quantile(values, [0.05, 0.95], axis=0)
-            row[f"cover_{name}"] = np.mean((low <= true) & (true <= high))
+            row[f"cover_{name}"] = np.mean((low <= known[name]) & (known[name] <= high))
         rows.append(row | {"law": fitted.law})
     mean = {key: np.mean([row[key] for row in rows]) for key in row}       # row: all but the law
-    mean["cover"] = np.mean([mean[f"cover_{name}"] for name in names])
+    mean["cover"] = np.mean([mean[f"cover_{name}"] for name in known])
     spread = [{"coefficient": name, "truth": true, "90% of fits": band(fits)}
               for name, true, fits in zip(NAMES, Law(), zip(*(row["law"] for row in rows)))]
     show(f"{args.draws} draws, noise 0.006 nats, {100 * args.outliers:g}% outliers of +0.05; RMSE against the "
@@ -719,6 +720,7 @@ def run_simulate(args) -> dict:
 # --- 3c. the best model under budgets ------------------------------------------------------------
 
 BYTES = {"bf16": 2, "fp32": 4}
+AXES = {"memory": (1e8, 1e12), "flops": (1e18, 1e26)}       # where `switches` looks: parameters, FLOPs
 
 
 def chosen_law(path: str | None) -> tuple[Array, Runs]:
@@ -731,8 +733,7 @@ def chosen_law(path: str | None) -> tuple[Array, Runs]:
         laws = np.array([[saved["law"][name] for name in NAMES], *saved["draws"]], float)
         runs = runs_of(saved["runs"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        said = f"{path} holds no law: write one with python scaling.py fit RUNS.csv --json {path}"
-        raise BadInput(said) from None
+        raise BadInput(f"{path} holds no law: write one with python scaling.py fit RUNS.csv --json {path}") from None
     require(laws[0, 4] > 0, f"{path} is a law without tokens (--form clark): it has no optimum")    # b = 0
     return np.nan_to_num(laws, nan=math.inf), runs                # JSON's null: an infinite E_max
 
@@ -743,16 +744,15 @@ def switches(laws: Array, axis: str, values: Array, **budget) -> list[dict]:
     loss = optimum(many(laws, 2), EXPERTS[:, None], **budget | {axis: values})[2]
     loss = np.minimum(loss, 1e9)                                   # (1 + S, E, G)
     best = loss[0].argmin(0)
-
-    def crossing(gap, i):
-        """Values where a gap (G,) rises through zero: the one nearest to i, if any."""
-        at = np.flatnonzero((gap[:-1] < 0) & (gap[1:] >= 0))
-        for k in at[abs(at - i).argsort()[:1]]:
-            yield values[k] * (values[1] / values[0]) ** (gap[k] / (gap[k] - gap[k + 1]))
     found = []
     for i in np.flatnonzero((best[1:] != best[:-1]) & (loss[0].min(0)[:-1] < 1e9)):
         before, after = best[i], best[i + 1]
-        at, *moved = (v for gap in loss[:, before] - loss[:, after] for v in crossing(gap, i))
+        places = []
+        for gap in loss[:, before] - loss[:, after]:               # of a law, (G,): it rises through zero at a switch
+            rises = np.flatnonzero((gap[:-1] < 0) & (gap[1:] >= 0))
+            for k in rises[abs(rises - i).argsort()[:1]]:          # the nearest to i, if any
+                places.append(values[k] * (values[1] / values[0]) ** (gap[k] / (gap[k] - gap[k + 1])))
+        at, *moved = places
         found.append({axis: at, "from": EXPERTS[before], "to": EXPERTS[after],
                       "interval": band(moved), "share_of_replicas": len(moved) / (len(laws) - 1)})
     return found
@@ -786,22 +786,20 @@ def run_optimum(args) -> dict:
     budget = {"flops": args.flops, "kv_tokens": args.kv_tokens,
               "memory": memory / BYTES[args.dtype] if unit == "bytes" else memory,
               "inference_tokens": args.inference_tokens}
-    every = optimum(many(laws), EXPERTS, **budget)
-    N, D, L = (values[0] for values in every)
-    require(np.isfinite(L).any(), f"no model meets these budgets, the smallest has {law_size(64, 1):,} parameters: "
-                                  "raise --flops or --memory, or lower --kv_tokens or --inference_tokens")
-    d = width(N)
-    rows = records(n_expert=EXPERTS, n_active=N, n_total=law_size(d, d / 64, EXPERTS), tokens=D,
-                   loss=L)
-    rows = [row for row in rows if row["loss"] < math.inf]
-    result = {"rows": rows, "best": EXPERTS[L.argmin()]}
-    replicas, fits = every[2][1:], np.isfinite(L)
+    N, D, loss = optimum(many(laws), EXPERTS, **budget)
+    fits = np.isfinite(loss[0])
+    require(fits.any(), f"no model meets these budgets, the smallest has {law_size(64, 1):,} parameters: "
+                        "raise --flops or --memory, or lower --kv_tokens or --inference_tokens")
+    d = width(N[0])
+    rows = records(n_expert=EXPERTS, n_active=N[0], n_total=law_size(d, d / 64, EXPERTS), tokens=D[0], loss=loss[0])
+    table = [row | {"90%": band(losses), "best in": f"{part:.1%}"}
+             for row, losses, part in zip(rows, loss[1:].T, winners(loss[1:]))]
+    result = {"rows": list(compress(rows, fits)), "best": EXPERTS[loss[0].argmin()]}
     show(f"The best is E = {result['best']}; 90% intervals, and the share of the replicas in which an E is the best",
-         [row | {"90%": band(losses), "best in": f"{part:.1%}"}
-          for row, losses, part in zip(rows, replicas.T[fits], winners(replicas)[fits])])
+         list(compress(table, fits)))
     if args.switches:
         del budget[args.switches]
-        values = np.geomspace(*((1e8, 1e12) if args.switches == "memory" else (1e18, 1e26)), 401)
+        values = np.geomspace(*AXES[args.switches], 401)
         result["switches"] = switches(laws, args.switches, values, **budget)
         show(f"Where the best E changes along {args.switches}", result["switches"] or [{"": "nowhere"}])
     if args.rule_of_thumb:
@@ -854,7 +852,7 @@ def candidates(args, laws: Array, limit: float, dtype: str) -> list[dict]:
                    interval=[band(some) for some in losses[1:].T],
                    deployed_bytes=deployed[each, best].astype(int),
                    chance_best=winners(loss[1:].min(2)))
-    return [row for row, some in zip(rows, fits) if some.any()]
+    return list(compress(rows, fits.any(1)))
 
 
 def ramp_steps(tokens: float) -> int:
@@ -888,8 +886,9 @@ def run_plan(args) -> dict:
     body = N - 2 * best["d_model"] * VOCABULARY
     by_text, by_code = peak_rates(body, N, E)
     most = RAMP[0][1] // (config.seq_len * args.gpus)     # sequences a GPU in the smallest batch
-    micro = max(m for m in [2**k for k in range(8)]
-                if m == 1 or (m <= most and memory(config, m, dtype)["total"] <= limit))
+    micro = 1
+    while 2 * micro <= most and memory(config, 2 * micro, dtype)["total"] <= limit:
+        micro *= 2
     N_run, D_run = ((field * (runs.E == E)).max() or math.nan for field in runs[:2])
     result = best | {
         "n_active_without_embeddings": body,
@@ -919,7 +918,7 @@ def write_config(path: str, best: dict, config, dtype: str, command: str) -> Non
         "dataset": "stdlib", "tokenizer": "bytes", "max_steps": best["steps"],
         "max_tokens": tokens, "batch_tokens": RAMP,
         "micro_batch": best["micro_batch"],
-        "learning_rate": float(f"{best['learning_rate']:.4g}"), "min_learning_rate": 0.0,
+        "learning_rate": clean(best["learning_rate"], 4), "min_learning_rate": 0.0,
         "schedule": "constant", "warmup": min(130_000_000, tokens // 10), "decay": 0.2,
         "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "grad_clip": 0.1, "dtype": dtype}
     low, high = best["interval"]
@@ -980,7 +979,7 @@ FLAGS = {                            # flag: the verbs that take it, how it is r
     "--inference_tokens": (BUDGETS, {"type": plain, "default": 0.0}, "tokens to infer within --flops (default 0)"),
     "--dtype": (BUDGETS, {"choices": BYTES, "default": "bf16"}, "of weights and cache (default %(default)s)"),
     "--kv_tokens": ("optimum", {"type": plain, "default": 0.0}, "cached tokens that --memory holds too (default 0)"),
-    "--switches": ("optimum", {"choices": ["memory", "flops"]}, "where the best E changes along this budget"),
+    "--switches": ("optimum", {"choices": AXES}, "where the best E changes along this budget"),
     "--rule_of_thumb": ("optimum", {"action": "store_true"}, "check E times the tokens at equal memory against dense"),
     "--gpu": ("plan", {"required": True}, "the GPU to train on: H100, A100-80, ... (model.CARDS)"),
     "--gpus": ("plan", {"type": whole, "default": 1}, "how many (default %(default)s)"),
