@@ -78,6 +78,7 @@ def moved(n, k, d, dtype, device="cpu"):
 
 def activated(rows, width, dtype, device="cpu"):
     """SwiGLU with the combine weight folded in, and its gradients: name -> array."""
+
     def number(*shape):
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, getattr(torch, dtype))
 

@@ -421,11 +421,14 @@ def test_each_fast_entry_alone_and_all_together_are_the_plain_ones_in_logits_and
     agree(m.COMPILED, m.PLAIN, config)
 
 
-def test_a_backward_elsewhere_uses_the_table_and_the_precision_of_its_forward():
+def test_a_backward_elsewhere_uses_the_table_and_the_precision_of_its_forward(monkeypatch):
+    monkeypatch.setattr(m, "has_grouped_mm", lambda *_: False)        # autocast does not know grouped products
     config = small(d_model=32, d_expert=80, n_expert=4, top_k=2, recompute=True)
     here, elsewhere = run_model(m.FAST, config), run_model(m.FAST, config, m.PLAIN)
     for grad, expected in zip(elsewhere, here, strict=True):
         assert (grad - expected).norm() <= 0.05 * expected.norm()
+    for grad, expected in zip(elsewhere[-3:], here[-3:]):             # of the last experts and the last norm
+        torch.testing.assert_close(grad, expected)
 
 
 @pytest.mark.parametrize("entry", m.Ops._fields)
