@@ -408,6 +408,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
 import contextlib
 
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from router import combine, constexpr, fast_route, gather, jit, tl, triton, use_kernels
@@ -450,7 +451,14 @@ def on_cpu(*tensors: Tensor) -> bool:
 
 
 def fast_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return Normalize.apply(x, weight, eps) if on_cpu(x, weight) else rms_norm(x, weight, eps)
+    return Normalize.apply(x, weight, eps) if on_cpu(x, weight) else rms_norm_of_weight(x, weight, eps)
+
+
+def rms_norm_of_weight(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` in the weight's precision: under autocast float32, whatever a version of torch makes autocast do.
+    Queries and keys, whose norm this is too, are then turned in float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps)
 
 
 class Normalize(torch.autograd.Function):
@@ -520,8 +528,14 @@ def weight_gradient(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
 # --- attention ---
 
 
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def fast_attend(x: Tensor, w: Attention, rope: tuple, cache: Cache | None) -> Tensor:
     """`attend`, which keeps nothing for backward but x if config.recompute asks for it."""
+    if cache and x.is_cuda:                      # cuDNN, torch's first choice on Hopper, would make a plan for every
+        with sdpa_kernel(WITHOUT_CUDNN):         # length, 10 to 400 ms each
+            return attend(x, w, rope, cache)
     if not (w.config.recompute and torch.is_grad_enabled()):
         return attend(x, w, rope, cache)
     return checkpoint(using(OPS)(attend), x, w, rope, cache, use_reentrant=False)
@@ -545,8 +559,8 @@ class Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weights, token, slot, offsets, recompute, *matrices):
-        weight = x.new_empty(len(token), 1)                                      # of each row
-        weight[slot.flatten()] = weights.view(-1, 1).to(x.dtype)
+        weight = weights.new_empty(len(token), 1)                                # of each row, not rounded to x's dtype
+        weight[slot.flatten()] = weights.view(-1, 1)
         y = x.new_empty(len(token), x.shape[1])
         kept = []
         for p in pieces(x, token, slot, offsets, matrices):
@@ -598,7 +612,7 @@ def pieces(x: Tensor, token: Tensor, slot: Tensor, offsets: Tensor, matrices, dm
     dmatrices = dmatrices or [None] * len(matrices)
     one_width = len(matrices) == 2
     mean_rows = len(token) / len(offsets)                                        # of an expert
-    at_once = all(has_grouped_mm(x, w_out.shape[2], mean_rows) for w_out in matrices[1::2])
+    at_once = all(has_grouped_mm(x, w_out, mean_rows) for w_out in matrices[1::2])
     ends = [len(token)] * len(offsets) if at_once and one_width else offsets.tolist()
     first = start = 0
     for w_in, w_out, dw_in, dw_out in zip(matrices[::2], matrices[1::2], dmatrices[::2], dmatrices[1::2]):
@@ -662,7 +676,7 @@ def swiglu(h: Tensor, weight: Tensor) -> Tensor:
     """h (rows, 2F) -> a (rows, F) = silu(gate) * up * weight: weighted here, F wide, combine is then a plain sum."""
     if use_kernels(h) and len(h):
         a = h.new_empty(len(h), h.shape[1] // 2)
-        swiglu_fwd[(len(h),)](h, weight, a, a.shape[1], triton.next_power_of_2(a.shape[1]))
+        swiglu_fwd[(len(h),)](h, weight, a, a.shape[1], **row_launch(a.shape[1]))
         return a
     gate, up = h.chunk(2, -1)
     return F.silu(gate).mul_(up).mul_(weight)
@@ -674,7 +688,7 @@ def swiglu_backward(h: Tensor, da: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     if use_kernels(h) and len(h):
         a = torch.empty_like(da)
         dweight = h.new_empty(len(h), dtype=torch.float32)
-        swiglu_bwd[(len(h),)](h, weight, da, dh, a, dweight, da.shape[1], triton.next_power_of_2(da.shape[1]))
+        swiglu_bwd[(len(h),)](h, weight, da, dh, a, dweight, da.shape[1], **row_launch(da.shape[1]))
         return dh, a, dweight
     gate, up = h.chunk(2, -1)
     dgate, dup = dh.chunk(2, -1)
@@ -684,6 +698,12 @@ def swiglu_backward(h: Tensor, da: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     torch.mul(da.mul_(weight), silu, out=dup)
     torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=dgate)
     return dh, a.mul_(weight), dweight
+
+
+def row_launch(width: int) -> dict:
+    """Launch shape of a row a program: 16 numbers a thread or fewer, up to 512 threads."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}
 
 
 @jit
@@ -715,20 +735,34 @@ def swiglu_bwd(h, weight, da, dh, a, dweight, width, BLOCK: constexpr):
     tl.store(dh + row * 2 * width + width + f, (d * w * silu).to(dh.dtype.element_ty), f < width)
 
 
-def has_grouped_mm(x: Tensor, width: int, rows: float) -> bool:
-    """On a GPU grouped_mm is one fast kernel for bf16 from Hopper on. On a CPU it is a loop over experts, in C++ and by
-    MKL: faster while starting operators takes longer than the products of an expert's mean rows."""
-    aligned = x.shape[1] % 8 == 0 and width % 8 == 0                   # grouped_mm wants rows of whole 16 bytes
+def has_grouped_mm(x: Tensor, w_out: Tensor, rows: float) -> bool:
+    """On Hopper, 9.x, grouped_mm is one fast kernel for bf16 and under 1,024 experts. (On 10.x it leaves the gradient
+    of an expert without rows unwritten, pytorch#172439; on others it is a loop that waits for the GPU.) On a CPU it is
+    a loop in C++ and by MKL: faster while starting operators takes longer than the products of an expert's mean rows.
+    """
+    n_expert, d, width = w_out.shape
+    aligned = d % 8 == 0 and width % 8 == 0                            # grouped_mm wants rows of whole 16 bytes
     if x.is_cuda:
-        return aligned and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    few = rows * x.shape[1] * width <= 2**20
+        hopper = torch.cuda.get_device_capability(x.device)[0] == 9
+        return aligned and hopper and x.dtype == torch.bfloat16 and n_expert < 1024
+    few = rows * d * width <= 2**20
     return aligned and few and x.device.type == "cpu" and x.dtype != torch.float64
 
 
 # --- the loss ---
 
 
-LOGIT_BYTES = 256 * 2**20     # fast_loss makes the logits of so many bytes at a time
+LOGIT_BYTES = 256 * 2**20     # fast_loss makes the logits of so many bytes at a time, and on a GPU more
+
+
+def logit_bytes(device: torch.device) -> int:
+    """A GPU with room takes up to 2 GiB: every piece costs a pass over the weight's gradient, 3 GB at V = 151,936 and
+    D = 2048. A power of two within an eighth of what is free, so that a step is like the one before."""
+    if device.type != "cuda":
+        return LOGIT_BYTES
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + cached
+    return max(LOGIT_BYTES, min(8 * LOGIT_BYTES, 1 << max(0, (free // 8).bit_length() - 1)))
 
 
 def fast_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -739,7 +773,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """mean(cross_entropy(x @ weight.T, targets)) for x (N, D), weight (V, D), targets (N,), without the N x V logits.
 
     With 151,936 words the logits of 2,048 tokens are 1.2 GB, their gradient as much again. Instead tokens are taken a
-    few at a time, LOGIT_BYTES of logits each, and since the loss is a mean of independent tokens its gradient
+    few at a time, logit_bytes each, and since the loss is a mean of independent tokens its gradient
     (softmax - one_hot) / N is known at once: the forward pass finishes both gradients, and backward only scales them.
     """
 
@@ -748,7 +782,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         n = len(x)
         w = weight.detach().to(x.dtype)
         for_x, for_weight = (learn and needed for needed in ctx.needs_input_grad[:2])
-        fit = LOGIT_BYTES // (4 * len(w))
+        fit = logit_bytes(x.device) // (4 * len(w))
         step = fit // TILE * TILE or max(1, fit)                                  # whole tiles where there is room
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if for_x else None
@@ -831,6 +865,16 @@ class StaticCache(Cache):
         self.v = [F.pad(v, pad) for v in cache.v]
         self.used = torch.tensor(cache.used, device=self.k[0].device)
 
+    def has_room_for(self, cache: Cache) -> bool:
+        mine, theirs = self.k[0], cache.k[0]
+        room = theirs.shape[2] <= mine.shape[2] < theirs.shape[2] + 256
+        return len(mine) == len(theirs) and room and mine.dtype == theirs.dtype and mine.device == theirs.device
+
+    def take_over(self, cache: Cache) -> None:
+        for mine, theirs in zip((*self.k, *self.v), (*cache.k, *cache.v)):
+            mine[:, :, :cache.used] = theirs[:, :, :cache.used]
+        self.used.fill_(cache.used)
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = self.k[layer], self.v[layer]
         keys.index_copy_(2, self.used.view(1), k)
@@ -839,26 +883,26 @@ class StaticCache(Cache):
 
 
 compiled_logits = torch.compile(next_logits, fullgraph=True, dynamic=False)
+torch._dynamo.config.recompile_limit = 64     # each model, batch and room is a compilation: the default allows eight
 
 
 class Decoder:
     """`next_logits` for generate(step=Decoder()), compiled once the prompt is read. The floor is a read of the weights.
 
     A step of a small model is hundreds of small operators, and starting them costs more than their work. Compiled,
-    they become a few loops, on a GPU replayed as one CUDA graph. That pays from some thousand tokens on.
+    they become a few loops, on a GPU replayed as one CUDA graph. That pays from some thousand tokens on; a Decoder that
+    is kept for the next text of the same batch and room keeps its graph, too.
     """
 
     def __init__(self):
-        self.source = self.cache = self.graph = None
+        self.model = self.source = self.cache = self.graph = None
 
     def __call__(self, model: Model, tokens: Tensor, cache: Cache) -> Tensor:
         if cache.used == 0 or tokens.shape[1] > 1:
             assert self.source is not cache, "after a first single token each step is one token"
             return next_logits(model, tokens, cache)
         if self.source is not cache:
-            self.source = cache
-            self.cache = StaticCache(cache)
-            self.graph = None
+            self.begin(model, cache)
         if not tokens.is_cuda:
             return self.step(model, tokens)
         if self.graph is None:
@@ -866,6 +910,13 @@ class Decoder:
         self.tokens.copy_(tokens)
         self.graph.replay()
         return self.logits
+
+    def begin(self, model: Model, cache: Cache) -> None:
+        """Go on from this cache: in the buffers there are, if it is another text for the same model."""
+        self.source = cache
+        if self.model is model and self.cache.has_room_for(cache):
+            return self.cache.take_over(cache)
+        self.model, self.cache, self.graph = model, StaticCache(cache), None
 
     def step(self, model: Model, tokens: Tensor) -> Tensor:
         with using(DECODE):
@@ -887,8 +938,8 @@ class Decoder:
 
 
 FAST = Ops(fast_route, fast_rms_norm, fast_linear, fast_attend, fast_experts, fast_loss)
-COMPILED = FAST._replace(rms_norm=rms_norm)                          # torch.compile fuses it
-DECODE = Ops(route, rms_norm, decode_linear, decode_attend, decode_experts, loss)
+COMPILED = FAST._replace(rms_norm=rms_norm_of_weight)                # torch.compile fuses it
+DECODE = Ops(route, rms_norm_of_weight, decode_linear, decode_attend, decode_experts, loss)
 OPS = FAST
 
 
@@ -971,10 +1022,12 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
     kept = c.n_layer * 2 * 2 * c.d_model * 4                                     # input and norm, twice a block
     kept += n_dense * 4 * c.active_width * wide                                  # gate, up, silu and their product
     kept += (c.n_layer - n_dense) * (4 * (3 * c.n_expert + 8 * c.top_k) + 4 * c.d_shared * wide)   # router; shared
-    attention = 4 * (c.n_head + c.n_kv_head) * c.d_head * wide                   # q, k and v, and y, each twice
+    heads = c.n_head + c.n_kv_head
+    attention = (4 if wide == 4 else 3) * heads * c.d_head * wide                # q, k, v and y, some twice, and under
+    attention += 0 if wide == 4 else 4 * heads * c.d_head                        # autocast q and k in float32
     slots = 2 if c.router == "expert_choice" else 1                              # up to 2K places a token
     routed = 0 if c.n_expert == 1 else slots * 2 * (c.active_width - c.d_shared) * wide      # pre-activation
-    working = slots * (c.top_k * 2 * c.d_model + 5 * c.active_width) * wide      # gathered rows and their gradients
+    working = slots * (c.top_k * 3 * c.d_model + 5 * c.active_width) * wide      # gathered rows and their gradients
     if c.recompute:
         working += attention + routed
     else:
@@ -1303,7 +1356,8 @@ def load_run(folder: str | Path, device: str = "cpu", tokenizer: str | None = No
     """Model and tokenizer of a run that train.py left in out/NAME, or of a folder in Hugging Face's format."""
     model, config = load_model(folder)
     name = tokenizer or config.get("tokenizer")
-    return model.to(device).eval(), load_tokenizer(name) if name else FolderTokenizer(Path(folder))
+    model.to(device, torch.bfloat16 if device.startswith("cuda") else None)      # (a GPU multiplies float32 slowly)
+    return model.eval(), load_tokenizer(name) if name else FolderTokenizer(Path(folder))
 
 
 def load_model(folder: str | Path) -> tuple[Model, dict]:

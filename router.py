@@ -426,7 +426,7 @@ def fast_route(logits: Tensor, config: RouterConfig, context: Context | None = N
     They need a tile of tokens in registers (K <= 32, E <= 1024); noise and the sequence scope stay with torch.
     """
     context = context or Context()
-    fits = len(logits) > 0 and config.top_k <= 32 and logits.shape[1] <= 1024
+    fits = 0 < len(logits) * config.top_k < 2**31 and config.top_k <= 32 and logits.shape[1] <= 1024
     known = config.router in FUSED and config.balance_scope != "sequence"
     noise = context.training and config.router_noise > 0
     if not (fits and known and not noise and use_kernels(logits)):
@@ -445,12 +445,11 @@ def route_by_kernels(logits: Tensor, config: RouterConfig, context: Context) -> 
 def tiling(n_expert: int) -> dict:
     """Launch shape: a program takes TILE tokens, ROWS at a time: 16 logits a thread in registers, 32 at E = 1024.
 
-    At N = 16,384 that is 256 programs for E < 128 and 512 above, for the 132 multiprocessors of an H200.
+    At N = 16,384 that is 512 programs, for the 132 multiprocessors of an H200.
     """
     block_e = max(16, 1 << (n_expert - 1).bit_length())                              # the next power of two
-    tile = 32 if block_e >= 128 else 64
-    rows = min(tile, max(8, 4096 // block_e))                                        # 8: a row to a warp, at least
-    return {"TILE": tile, "ROWS": rows, "BLOCK_E": block_e, "num_warps": 8 if rows * block_e >= 4096 else 4}
+    rows = min(32, max(8, 4096 // block_e))                                          # 8: a row to a warp, at least
+    return {"TILE": 32, "ROWS": rows, "BLOCK_E": block_e, "num_warps": 8 if rows * block_e >= 4096 else 4}
 
 
 @jit
@@ -631,8 +630,8 @@ def route_bwd(logits, lse, weights, experts, share, d_weights, d_scalars, d_logi
     log_z = tl.load(lse + base + n, live, other=0.0)
     p = tl.exp(x - log_z[:, None])
 
-    w_dw = tl.zeros((ROWS, BLOCK_E), tl.float32)                                     # w_e dw_e, 0 where not chosen
-    w_chosen = tl.zeros((ROWS, BLOCK_E), tl.float32)
+    w_dw = p * 0.0                                                                   # w_e dw_e, 0 where not chosen
+    w_chosen = p * 0.0                  # (tl.zeros has a layout of its own: four times the loads, sums across warps)
     for k in range(K):
         choice = base * K + n * K + k
         hit = e[None, :] == tl.load(experts + choice, live, other=-1)[:, None]
@@ -691,7 +690,7 @@ class TopK(torch.autograd.Function):
         k = config.top_k
         shape = tiling(n_expert)
         n_tile = triton.cdiv(n, shape["TILE"])
-        ctx.flags = config.router == "sigmoid", config.renormalize and config.router != "switch"   # SIGMOID, RENORMALIZE
+        ctx.flags = config.router == "sigmoid", config.renormalize and config.router != "switch"  # SIGMOID, RENORMALIZE
         weights = logits.new_empty(n, k)
         experts = logits.new_empty(n, k, dtype=torch.int32)
         lse = logits.new_empty(n)
@@ -711,6 +710,7 @@ class TopK(torch.autograd.Function):
 
         slot = torch.empty_like(experts)
         token = experts.new_empty(n * k)
+        shape["num_warps"] = 4                              # the running sum down a tile then stays inside a thread
         place_rows[(n_tile,)](experts, ends, slot, token, n, n_tile, n_expert, k, **shape)
 
         share = load
@@ -720,19 +720,21 @@ class TopK(torch.autograd.Function):
             scalars[0] = n_expert / n * (share * sums[:n_expert].sum(1)).sum()
         ctx.save_for_backward(logits, lse, weights, experts, share)
         ctx.mark_non_differentiable(experts, counts, offsets, token, slot, load)
+        ctx.set_materialize_grads(False)                    # else six fills with zeros for what has no gradient
         return weights, experts, counts, offsets, token, slot, load, scalars
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_weights, *others):
         logits, _, weights, *_ = ctx.saved_tensors
+        d_weights = torch.zeros_like(weights) if d_weights is None else d_weights.contiguous()
+        d_scalars = logits.new_zeros(5) if others[-1] is None else others[-1].contiguous()
         n, n_expert = logits.shape
         d_logits = torch.empty_like(logits)
         shape = tiling(n_expert)
         del shape["TILE"]
         route_bwd[(triton.cdiv(n, shape["ROWS"]),)](
-            *ctx.saved_tensors, d_weights.contiguous(), others[-1].contiguous(), d_logits, n, n_expert,
-            weights.shape[1], *ctx.flags, **shape)
+            *ctx.saved_tensors, d_weights, d_scalars, d_logits, n, n_expert, weights.shape[1], *ctx.flags, **shape)
         return d_logits, None, None
 
 
