@@ -63,6 +63,7 @@ def whole(place, monkeypatch, capsys):
     """What the whole train.py prints for the same words, in this process: by the plain table, or by `ops`."""
     monkeypatch.chdir(place)
     monkeypatch.setattr(t, "draw_figures", lambda out: None)
+    monkeypatch.setattr(t, "write_text", lambda *_, **__: [])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(path: str, *words: str, ops: m.Ops | None = None) -> list[str]:
