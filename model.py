@@ -1022,12 +1022,12 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
     kept = c.n_layer * 2 * 2 * c.d_model * 4                                     # input and norm, twice a block
     kept += n_dense * 4 * c.active_width * wide                                  # gate, up, silu and their product
     kept += (c.n_layer - n_dense) * (4 * (3 * c.n_expert + 8 * c.top_k) + 4 * c.d_shared * wide)   # router; shared
-    heads = c.n_head + c.n_kv_head
-    attention = (4 if wide == 4 else 3) * heads * c.d_head * wide                # q, k, v and y, some twice, and under
-    attention += 0 if wide == 4 else 4 * heads * c.d_head                        # autocast q and k in float32
+    attention = (c.n_head + c.n_kv_head) * c.d_head * (16 if wide == 4 else 3 * 2 + 4)      # q, k, v and y, each twice;
+    #                                                                              under autocast q, k once in float32
     slots = 2 if c.router == "expert_choice" else 1                              # up to 2K places a token
     routed = 0 if c.n_expert == 1 else slots * 2 * (c.active_width - c.d_shared) * wide      # pre-activation
-    working = slots * (c.top_k * 3 * c.d_model + 5 * c.active_width) * wide      # gathered rows and their gradients
+    copies = 2 if wide == 4 else 3                                               # of all rows: what grouped_mm takes
+    working = slots * (c.top_k * copies * c.d_model + 5 * c.active_width) * wide  # and gives, or one expert's at a time
     if c.recompute:
         working += attention + routed
     else:

@@ -70,8 +70,8 @@ def test_the_naive_router_computes_what_route_computes():
 
 
 def test_the_bytes_of_the_kernels_add_up_kernel_by_kernel():
-    """100 tokens, 16 experts, top-4, two tiles: route_fwd, cumsum, place_rows and totals; then route_bwd."""
-    forward = (1600 + 900 + 2 * 36) + 2 * 32 + (1200 + 32) + 2 * 20
+    """100 tokens, 16 experts, top-4, four tiles: route_fwd, cumsum, place_rows and totals; then route_bwd."""
+    forward = (1600 + 900 + 4 * 36) + 4 * 32 + (1200 + 64) + 4 * 20
     assert bench.bytes_moved(100, 16, 4) == {"forward": 4 * forward, "forward + backward": 4 * (forward + 3200 + 1300)}
 
 
