@@ -768,7 +768,8 @@ AXES = [[f"--router={name}"] for name in POLICIES if name != "switch"] + [
 def test_every_router_and_axis_trains_from_a_line_and_continues_to_the_last_bit(flags, trained, interrupted):
     whole, lines = trained(*flags, "--out_dir=out/whole"), training("out/whole")
     assert lines[-1]["ce"] < lines[0]["ce"] < 7
-    assert all(line["load_max_over_mean"] >= 1 for line in lines), "of the choices made, which may be few of the slots"
+    busiest = max(len(layer) * max(layer) / sum(layer) for layer in lines[-1]["load"])
+    assert lines[-1]["load_max_over_mean"] == pytest.approx(busiest, rel=1e-3), "of the choices made, not of all slots"
     interrupted(12, *flags)
     assert same(trained(*flags), whole)
 
