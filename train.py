@@ -709,7 +709,8 @@ class Corpus(Data):
                                       "use more text or a smaller seq_len")
             check_ids(windows, config)
         lengths = [len(text) for text in token_texts(self.tokenizer)]
-        self.token_bytes = torch.tensor(lengths + [0] * (config.vocab_size - len(lengths)))
+        where = config.device if config.device.startswith("cuda") else "cpu"
+        self.token_bytes = torch.tensor(lengths + [0] * (config.vocab_size - len(lengths)), device=where)
 
     @property
     def steps(self) -> int:
@@ -718,8 +719,15 @@ class Corpus(Data):
     def position(self, step: int) -> tuple[int, int]:
         return position(self.config, step)
 
-    def n_bytes(self, tokens: Tensor) -> int:
-        return int(self.token_bytes[tokens].sum())
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """On the device. A GPU copies from pinned memory while it computes, and nobody waits for it."""
+        for batch in super().micro_batches(step):
+            if self.token_bytes.is_cuda:
+                batch = [x.pin_memory().to(self.config.device, non_blocking=True) for x in batch]
+            yield tuple(batch)
+
+    def n_bytes(self, tokens: Tensor) -> Tensor:
+        return self.token_bytes[tokens.to(self.token_bytes.device)].sum(dtype=torch.float64)
 
 
 # --- checkpoints ---
@@ -961,7 +969,7 @@ class Run(Keeper):
     def evaluation(self, step: int, evaluate: Callable[[], tuple[float, float]]) -> tuple[float, float]:
         """Evaluate and write it down; the time it takes is no training time."""
         self.elapsed += time.perf_counter() - self.clock
-        ce, bits = evaluate()
+        ce, bits = map(float, evaluate())
         self.write({"step": step, "tokens": self.data.position(step)[0], "seconds": self.seconds,
                     "val_ce": ce, "val_bits_per_byte": bits})
         print(f"step {step:6d} validation {ce:.4f} nats a token, {bits:.4f} bits a byte", flush=True)
@@ -997,7 +1005,7 @@ class Run(Keeper):
 
     def flush(self) -> None:
         """Write the pending steps, and print the last. Reading the first number waits for the device."""
-        rows = [(step, rate, n_bytes, numbers.tolist(), {k: v.tolist() for k, v in stats.items()})
+        rows = [(step, rate, int(n_bytes), numbers.tolist(), {k: v.tolist() for k, v in stats.items()})
                 for step, rate, n_bytes, numbers, stats in self.pending]
         self.pending = []
         now = time.perf_counter()
@@ -1056,7 +1064,8 @@ class Run(Keeper):
         prompt = "import " if config.dataset == "stdlib" else ""
         n_token = min(200, config.max_seq_len - len(prompt) - 1)
         if n_token > 0:
-            print("".join(write_text(self.model.eval(), self.data.tokenizer, prompt, n_token, seed=config.seed)))
+            with autocast(config):
+                print("".join(write_text(self.model.eval(), self.data.tokenizer, prompt, n_token, seed=config.seed)))
 
 
 def catch_signals() -> list[str]:
@@ -1246,7 +1255,7 @@ def draw_routing(result: dict, path: Path, width: int = 64) -> None:
         here = slice(line * width, (line + 1) * width)
         image = axis.imshow(experts[:, here], cmap=colours, vmin=-0.5, vmax=n_expert - 0.5, aspect="auto")
         for column, token in enumerate(result["tokens"][here]):
-            shown = token.replace("\n", "\u21b5").replace(" ", "\u00b7").replace("$", r"\$")
+            shown = token.replace("\n", "\u21b5").replace("\t", "\u2192").replace(" ", "\u00b7").replace("$", r"\$")
             axis.text(column, -0.7, shown, ha="center", fontsize=8, family="monospace",
                       rotation=0 if len(token) < 3 else 60)
         axis.set_yticks(range(layers), result["layers"])

@@ -28,8 +28,8 @@ import train as t
 ROOT = Path(t.__file__).parent
 SEARCH = ROOT / "configs" / "search"
 SHARED = dict(n_layer=2, d_model=32, n_head=2, n_kv_head=1, d_head=16, n_expert=4, top_k=2, d_expert=16, vocab_size=264,
-              seq_len=32, dataset="corpus", micro_batch=4, max_steps=20, eval_interval=1000, eval_tokens=256,
-              log_interval=1, checkpoint_interval=1000)
+              seq_len=32, dataset="corpus", device="cpu", micro_batch=4, max_steps=20, eval_interval=1000,
+              eval_tokens=256, log_interval=1, checkpoint_interval=1000)
 SAVE = Figure.savefig
 
 

@@ -34,8 +34,8 @@ from router import POLICIES
 
 ROOT = Path(t.__file__).parent
 TINY = dict(n_layer=2, d_model=32, n_head=2, n_kv_head=1, d_head=16, n_expert=4, top_k=2, d_expert=16, vocab_size=264,
-            seq_len=32, dataset="corpus", micro_batch=4, max_steps=20, learning_rate=3e-3, eval_interval=10,
-            eval_tokens=256, log_interval=5, checkpoint_interval=5)
+            seq_len=32, dataset="corpus", device="cpu", micro_batch=4, max_steps=20, learning_rate=3e-3,
+            eval_interval=10, eval_tokens=256, log_interval=5, checkpoint_interval=5)
 WORDS = "def return self value for in range print if not else class import of the a x y = ( ) : + 1 2".split()
 
 DRAW_FIGURES, WRITE_TEXT = t.draw_figures, t.write_text
