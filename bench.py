@@ -2,6 +2,7 @@
 bench.py: how fast, how large, against whom, and how far from the floor?
 
     python bench.py [route|layer|loss|step|decode|memory|hardware|all] [FILE] [--peers] [--json results/X.json]
+    python bench.py gpu [--budget 560] [--out DIR] [--only env,tests,...]
 
 Every table names its conditions. Every time is a median over rounds in which the candidates take turns (A B C A B C),
 so that a machine that slows down slows all of them; the spread is the range of the middle half. Every ratio compares
@@ -15,6 +16,7 @@ it could cost: its bytes through a plain copy, or its matrix products and attent
     decode    load time and tokens/s, batch 1 and 16; floor: reading the active weights once a token
     memory    the peak of a training step against model.memory's estimate, a process a cell (--estimate: runs nothing)
     hardware  what fits cards of 8 to 192 GB, and the least time a step takes there: data sheets, nothing is run
+    gpu       all that a GPU has to tell, tests included, part by part into DIR/gpu.json; on a CPU every part small
 
 FILE (or --config FILE) is a config for step, decode, memory, hardware; of a sweep, decode ranks every architecture and
 memory takes every cell. --peers adds, with the same weights, transformers' Qwen3-MoE in its expert implementations
@@ -24,6 +26,8 @@ times everything under train.py's way with freed memory. `python results/draw.py
 Sizes:  n tokens    d d_model    e experts    k experts a token visits    f expert width    v vocabulary
 """
 
+import argparse
+import contextlib
 import copy
 import gc
 import json
@@ -31,21 +35,25 @@ import math
 import os
 import platform
 import re
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import (
     CARDS,
@@ -62,19 +70,46 @@ from model import (
     from_hf,
     generate,
     memory,
+    swiglu,
+    swiglu_backward,
     to_hf,
     using,
     weight_gradient,
 )
-from router import Parser, balance_loss, place, require, route, run_script, tiling, triton, use_kernels, z_loss
-from train import Config, free_memory, keep_freed_memory, load_runs, parameter_groups, peak_memory, ramp, read_config
+from router import (
+    Parser,
+    balance_loss,
+    combine,
+    gather,
+    place,
+    require,
+    route,
+    run_script,
+    tiling,
+    triton,
+    use_kernels,
+    z_loss,
+)
+from train import (
+    Config,
+    free_memory,
+    keep_freed_memory,
+    load_runs,
+    parameter_groups,
+    peak_flops,
+    peak_memory,
+    ramp,
+    read_config,
+)
 
+ROOT = Path(__file__).parent
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 LARGE = "configs/large_moe_1p3b.py"
 noise = partial(torch.randn, device=DEVICE, dtype=DTYPE)
 autocast = partial(torch.autocast, DEVICE, dtype=torch.bfloat16, enabled=GPU)
+ROUNDS = 200                      # at most, of a comparison
 Calls = dict[str, Callable]       # the candidates of a benchmark by name; calling one runs it once
 
 
@@ -92,12 +127,14 @@ def conditions() -> dict:
 
 
 def clock(run: Callable) -> float:
-    """Seconds of one call; on a GPU by its own events, from the first launch to the end of the last kernel."""
+    """Seconds of one call; on a GPU by its own events. The GPU sleeps a millisecond first: launches queue up behind
+    that, and only what they launch is timed, up to a hundred or two of them."""
     if not GPU:
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(2_000_000)
     start.record()
     run()
     end.record()
@@ -105,11 +142,34 @@ def clock(run: Callable) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def replayed(calls: list[Callable]) -> float:
+    """Seconds of one of the calls, launches left out: on a GPU they are replayed as one graph. Several, on inputs of
+    their own, find less of them in the cache. For work under a millisecond, where starting it takes as long."""
+    if not GPU:
+        return statistics.median(clock(run) for run in calls * 3)
+
+    def each():
+        for run in calls:
+            run()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        each()                                                    # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        each()
+    return statistics.median(clock(graph.replay) for _ in range(20)) / len(calls)
+
+
 def timed(calls: Calls, seconds=4.0, **amounts) -> list[dict]:
     """A row a candidate: its median seconds, their spread, each amount (of tokens, say) a second, its share of the
     candidate named "floor...", and how many times faster the faster of those named "ours..." is."""
-    spent = sum(map(clock, calls.values()))                       # a first round, which does not count
-    rounds = min(200, max(5, int(seconds * len(calls) / spent)))
+    for run in calls.values():                                    # a first round, which may compile, does not count
+        run()
+    spent = sum(map(clock, calls.values()))                       # nor does the second: it says how many there can be
+    rounds = min(ROUNDS, max(5, int(seconds * len(calls) / spent)))
     turns = [[clock(run) for run in calls.values()] for _ in range(rounds)]
     rows = []
     for name, times in zip(calls, zip(*turns)):
@@ -248,11 +308,17 @@ def run_route(router: Callable, logits: Tensor, config: ModelConfig, backward) -
         torch.autograd.grad(r.weights.square().sum() + sum(r.losses.values()), logits)
 
 
-def bytes_moved(n, e, k) -> dict[str, int]:
-    """What the kernels read and write, added up from their docstrings in router.py, 4 bytes a number."""
+def kernel_bytes(n, e, k) -> dict[str, int]:
+    """What each kernel of a routing reads and writes, by its docstring in router.py, 4 bytes a number."""
     tiles = -(-n // tiling(e)["TILE"])
-    forward = 4 * n * (e + 5 * k + 1) + 4 * tiles * (6 * e + 8)       # a token's numbers, then its tile's sums
-    return {"forward": forward, "forward + backward": forward + 4 * n * (2 * e + 3 * k + 1)}
+    return {"route_fwd": 4 * n * (e + 2 * k + 1) + 4 * tiles * (2 * e + 4), "cumsum": 8 * tiles * e,
+            "totals": 4 * tiles * (e + 4), "place_rows": 12 * n * k + 4 * tiles * e,
+            "route_bwd": 4 * n * (2 * e + 3 * k + 1)}
+
+
+def bytes_moved(n, e, k) -> dict[str, int]:
+    each = kernel_bytes(n, e, k)
+    return {"forward": sum(each.values()) - each["route_bwd"], "forward + backward": sum(each.values())}
 
 
 # --- layer ----------------------------------------------------------------------------------------
@@ -266,7 +332,8 @@ def bench_layer(args) -> dict:
     layers = {e: filled(MoE(ModelConfig(d_model=d, d_expert=f, n_expert=e, top_k=k))) for e in (8, 32, 128)}
     calls = {}
     for e, kind in ((8, "balanced"), (32, "balanced"), (128, "balanced"), (32, "skewed"), (32, "all to one")):
-        calls[f"E={e} {kind}"] = experts_alone(x, layers[e], choices(kind, n, e, k))
+        alone = experts_alone(x, layers[e], choices(kind, n, e, k))
+        calls |= {f"E={e} {kind}": alone[1], f"E={e} {kind}, forward": alone[0]}
     dense = filled(Dense(d, k * f)).to(DTYPE)
     calls["dense, same active size"] = partial(forward_backward, partial(dense, x), x, *dense.parameters())
     calls |= whole_layers(x[None], layers[32], args.peers)
@@ -285,12 +352,13 @@ def choices(kind, n, e, k) -> Tensor:
     return turn % (e if kind == "balanced" else k)
 
 
-def experts_alone(x: Tensor, layer: MoE, experts: Tensor) -> Callable:
-    """Forward and backward of a layer on x (n, d) without its router: experts (n, k) are chosen."""
+def experts_alone(x: Tensor, layer: MoE, experts: Tensor) -> tuple[Callable, Callable]:
+    """Forward, and forward and backward, of a layer on x (n, d) without its router: experts (n, k) are chosen."""
     weights = torch.full(experts.shape, 1 / experts.shape[1], device=DEVICE, requires_grad=True)
-    _, offsets, token, slot = place(experts, len(layer.gate))
-    routing = SimpleNamespace(weights=weights, offsets=offsets, token=token, slot=slot)
-    return partial(forward_backward, partial(FAST.experts, x, routing, layer), x, weights, *layer.w_in, *layer.w_out)
+    counts, offsets, token, slot = place(experts, len(layer.gate))
+    routing = SimpleNamespace(weights=weights, counts=counts, offsets=offsets, token=token, slot=slot)
+    call = partial(FAST.experts, x, routing, layer)
+    return torch.no_grad()(call), partial(forward_backward, call, x, weights, *layer.w_in, *layer.w_out)
 
 
 def whole_layers(x: Tensor, ours: MoE, peers) -> Calls:
@@ -382,12 +450,23 @@ def step_of(name, config: ModelConfig, peers) -> dict:
     ours, twin = (Model(config).init_weights(0).to(DEVICE) for _ in range(2))
     steps = {"ours": ours_step(ours, ours, tokens),
              "ours, compiled": ours_step(twin, torch.compile(twin, dynamic=False), tokens, COMPILED)}
-    steps |= transformers_steps(ours, tokens) if peers else {}
     steps["floor: products + attention"] = model_products(config, BATCH)
-    rows = timed(steps, 20.0, tokens=BATCH * config.seq_len)
+    theirs = transformers_steps(ours, tokens) if peers else ()
+    rows = []
+    if GPU:                                                       # one peer after the other: 80 GB hold no more
+        rows = timed(steps, 20.0, tokens=BATCH * config.seq_len)
+        steps = {"ours": steps["ours"]}
+        for peer in theirs:
+            rows += timed(steps | dict([peer]), 10.0, tokens=BATCH * config.seq_len)[1:]
+            del peer
+    else:
+        rows = timed(steps | dict(theirs), 20.0, tokens=BATCH * config.seq_len)
+    flops = count(config)["flops_per_token"]
+    peak = peak_flops(SimpleNamespace(device=DEVICE, dtype="bfloat16"))
+    rows = [r | {"mfu": flops * r["tokens_per_s"] / peak if peak else None} for r in rows]
     return report(f"step, {name}, {BATCH} x {config.seq_len}",
-                  "seconds spread tokens_per_s ours_is_faster_by share_of_floor", rows, name=name, batch=BATCH,
-                  seq_len=config.seq_len, flops_per_token=count(config)["flops_per_token"])
+                  "seconds spread tokens_per_s ours_is_faster_by share_of_floor mfu", rows, name=name, batch=BATCH,
+                  seq_len=config.seq_len, flops_per_token=flops)
 
 
 def ours_step(model: Model, call: Callable, tokens: Tensor, ops=FAST) -> Callable:
@@ -428,12 +507,11 @@ def transformers_model(ours: Model):
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def transformers_steps(ours: Model, tokens: Tensor) -> Calls:
+def transformers_steps(ours: Model, tokens: Tensor) -> Iterator[tuple[str, Callable]]:
     """Its optimizer step by each implementation, its balance loss included; each compared to our logits first."""
     loaded = transformers_model(ours)
     c = ours.config
     gathered = 12 * tokens.numel() * c.top_k * c.d_expert * c.d_model * c.n_layer / 2**30
-    steps = {}
     for name in ("eager", "batched_mm", "grouped_mm", "grouped_mm, compiled") if loaded else ():
         if name == "batched_mm" and gathered > 8:
             print(f"transformers {name}: skipped, it keeps a weight a row for backward: {gathered:.0f} GiB")
@@ -441,14 +519,13 @@ def transformers_steps(ours: Model, tokens: Tensor) -> Calls:
         theirs = copy.deepcopy(loaded).to(DEVICE).train()
         theirs.set_experts_implementation(name.split(",")[0])
         with torch.no_grad(), autocast():
-            logits = theirs(tokens).logits
-            compare(name, ours(tokens).logits, logits, 2e-2)        # a token whose experts nearly tie may visit another
+            logits = theirs(tokens).logits          # a token whose experts nearly tie may visit another: in bfloat16
+            compare(name, ours(tokens).logits, logits, 0.1 if GPU else 2e-2)        # their router is rounded, too
             with using(PLAIN):
-                compare(f"{name}, the plain table", ours(tokens).logits, logits, 2e-2 if GPU else 1e-4)
+                compare(f"{name}, the plain table", ours(tokens).logits, logits, 0.1 if GPU else 1e-4)
         call = torch.compile(theirs, dynamic=False) if "compiled" in name else theirs
         output = partial(call, tokens, labels=tokens, output_router_logits=True)
-        steps[f"transformers {name}"] = optimizer_step(theirs, lambda output=output: output().loss, theirs.parameters())
-    return steps
+        yield f"transformers {name}", optimizer_step(theirs, lambda output=output: output().loss, theirs.parameters())
 
 
 def model_products(config: ModelConfig, batch) -> Callable:
@@ -682,6 +759,258 @@ def card_row(name, card: Card, config: Config, batch_tokens, need: dict) -> dict
         "floor_s": max(compute, traffic)}
 
 
+# --- gpu: one command, part by part ---------------------------------------------------------------
+# Each part is a process with a time cap: one that fails or is too slow loses its own numbers alone. Within a part each
+# number is printed as soon as it is known, as a line of JSON; one that raises leaves its error in its place.
+
+Numbers = Iterator[tuple[str, Callable]]          # of each number or group of numbers: its name, what finds it
+SHRUNK = {"n_layer": 1, "d_model": 64, "n_head": 2, "n_kv_head": 1, "d_head": 32, "d_expert": 32, "vocab_size": 512,
+          "seq_len": 64}                          # off a GPU every part runs small: it is the plumbing that is tried
+
+
+def milliseconds(run: Callable) -> float:
+    return 1e3 * timed({"": run}, 1.0)[0]["seconds"]
+
+
+def large(**changes) -> tuple[Config, Model]:
+    config = read_config(LARGE, ({} if GPU else SHRUNK) | {"device": DEVICE} | changes)
+    return config, Model(config).init_weights(0).to(DEVICE)
+
+
+def part_env() -> Numbers:
+    """The machine: versions, rates of memory and products, torch's attention and others, the price of a launch."""
+    yield "conditions", lambda: conditions() | {"cpus": os.cpu_count(), "cudnn": torch.backends.cudnn.version()}
+    yield "copy, read GB/s", lambda: [rate / 1e9 for rate in memory_rates()]
+    side = 8192 if GPU else 256
+    x = noise(side, side)
+    yield "product TFLOP/s", lambda: 2 * side**3 / milliseconds(lambda: x @ x) / 1e9
+    q, k = (noise(8, h, 2048 if GPU else 64, 128).requires_grad_() for h in (32, 8))
+    attention = partial(forward_backward, partial(F.scaled_dot_product_attention, q, k, k, None, 0.0, True,
+                                                  enable_gqa=True), q, k)
+    yield "attention, forward + backward, ms", partial(milliseconds, attention)
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION) if GPU else ():
+        yield f"by {backend.name}", partial(milliseconds, sdpa_kernel(backend)(attention))
+    small = torch.zeros(8, device=DEVICE)
+    yield "launch us", lambda: host_ms(lambda: [small.add_(1) for _ in range(1000)])
+
+
+def part_tests() -> Numbers:
+    yield "pytest -m gpu", partial(run_here, "-m", "pytest", "-m", "gpu", "-o", "filterwarnings=default")
+
+
+def run_here(*words) -> list:
+    """[exit code, last line] of Python with these words; all of its output goes into log.txt."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-200:]
+    return [done.returncode, done.stdout.splitlines()[-1]]
+
+
+def part_kernels() -> Numbers:
+    """Routing by replays over eight inputs, each kernel by the profiler beside its bytes, and those that move rows."""
+    n, d, f, k = LAYER
+    for e in (128, 16):
+        config, inputs = ModelConfig(top_k=k), [torch.randn(n, e, device=DEVICE, requires_grad=True) for _ in range(8)]
+        for name, router, backward in (("forward", FAST.route, False), ("forward + backward", FAST.route, True),
+                                       ("definition, forward", route, False)):
+            calls = [partial(run_route, router, x, config, backward) for x in inputs]
+            yield f"E={e} {name}, us", lambda calls=calls: 1e6 * replayed(calls)
+            yield f"E={e} {name}, each kernel's ms", partial(profiled, calls)
+        yield f"E={e} bytes", partial(kernel_bytes, n, e, k)
+    slot, x, rows = route(inputs[0], config).slot.int(), noise(n, d), noise(n * k, d)
+    h, a, weight = noise(n * k, 2 * f), noise(n * k, f), torch.rand(n * k, 1, device=DEVICE)
+    for name, moved, call in (("gather", (n + n * k) * d, partial(gather, x, slot)),
+                              ("combine", (n + n * k) * d, partial(combine, rows, slot)),
+                              ("swiglu", 3 * n * k * f, partial(swiglu, h, weight)),
+                              ("swiglu_backward", 6 * n * k * f, partial(swiglu_backward, h, a, weight))):
+        yield f"{name}: us, bytes", lambda call=call, moved=moved: [1e6 * replayed([call]), moved * DTYPE.itemsize]
+
+
+def profiled(calls: list[Callable], top=25) -> list:
+    """[name, count, ms each] of the kernels, on a CPU operators, that take longest together."""
+    with torch.profiler.profile() as profile:
+        for run in calls:
+            run()
+        wait()
+    spent = [(r.self_device_time_total if GPU else r.self_cpu_time_total, r) for r in profile.key_averages()]
+    longest = sorted(spent, key=lambda pair: -pair[0])[:top]
+    return [[r.key[:80], r.count, us / r.count / 1e3] for us, r in longest]
+
+
+def part_layer() -> Numbers:
+    n, d, f, k = LAYER
+    x = noise(n, d).requires_grad_()
+    for e, dtype in ((16, torch.float32), (16, DTYPE), (128, DTYPE), (128, torch.float32)):
+        layer = filled(MoE(ModelConfig(d_model=d, d_expert=f, n_expert=e, top_k=k))).to(dtype)
+        name = f"E={e}, weights {str(dtype).removeprefix('torch.')}"
+        for what, call in zip(("forward", "forward + backward"), experts_alone(x, layer, choices("balanced", n, e, k))):
+            yield f"{name}: {what}, ms", partial(milliseconds, call)
+        if e == 16:
+            yield f"{name}: errors of y and gradients, an expert empty", partial(layer_errors, x, layer, k)
+
+
+def layer_errors(x: Tensor, layer: MoE, k) -> list[float]:
+    """Of y, dx, dweights, each dW: norm of the difference from the definition in float32, over the norm."""
+    e = len(layer.gate)
+    experts = choices("skewed", len(x), e - 1, k)                 # the last expert gets nothing
+    counts, offsets, token, slot = place(experts, e)
+    dy = torch.randn_like(x)
+    found = []
+    for table, w, row in ((FAST, layer, x), (PLAIN, copy.deepcopy(layer).float(), x.detach().float().requires_grad_())):
+        weights = torch.full(experts.shape, 1 / k, device=DEVICE, requires_grad=True)
+        routing = SimpleNamespace(weights=weights, counts=counts, offsets=offsets, token=token, slot=slot)
+        y = table.experts(row, routing, w)
+        found.append([y, *torch.autograd.grad(y, (row, weights, *w.w_in, *w.w_out), dy.to(y.dtype))])
+    return [((ours.float() - exact).norm() / exact.norm()).item() for ours, exact in zip(*found)]
+
+
+def part_loss() -> Numbers:
+    n, d, v = LOSS
+    x, weight = noise(n, d).requires_grad_(), torch.randn(v, d, device=DEVICE).requires_grad_()
+    run = partial(forward_backward, partial(FAST.loss, x, weight, torch.randint(0, v, (n,), device=DEVICE)), x, weight)
+    for mib in (256, 1024, 2048):
+        pieces = mock.patch("model.logit_bytes", lambda device, mib=mib: mib * 2**20)
+        yield f"pieces of {mib} MiB: ms", pieces(partial(milliseconds, run))
+        yield f"pieces of {mib} MiB: extra GiB", pieces(partial(extra_memory, run) if GPU else type(None))
+
+
+def part_step(compiled=False) -> Numbers:
+    """Optimizer steps of the recommended model by the host's clock, from the least batch to the largest."""
+    config, ours = large()
+    call, ops = (torch.compile(ours, dynamic=False), COMPILED) if compiled else (ours, FAST)
+    for batch in ((8,) if compiled else (1, 2, 4, 8)) if GPU else (1,):
+        run = ours_step(ours, call, torch.randint(0, 512, (batch, config.seq_len + 1), device=DEVICE), ops)
+        yield f"{batch} x {config.seq_len}", partial(step_numbers, run, config, batch)
+        if batch in (1, 8) and not compiled:
+            yield f"{batch} x {config.seq_len}, each kernel's ms", partial(profiled, [run])
+
+
+def part_cells() -> Numbers:
+    """A step in each cell of the search, its peak beside the estimate: one model, other batches."""
+    _, ours = large()
+    for run in memory_cells(load_runs("configs/search/batch_context.py", {"device": DEVICE}), None):
+        config = replace(run, **{} if GPU else SHRUNK)
+        tokens = torch.randint(0, 512, (run.micro_batch, config.seq_len + 1), device=DEVICE)
+        yield f"{run.micro_batch} x {run.seq_len}", partial(step_numbers, ours_step(ours, ours, tokens), config,
+                                                            run.micro_batch)
+
+
+def step_numbers(run: Callable, config: Config, batch) -> dict:
+    run()
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    ms = statistics.median(host_ms(run) for _ in range(5))
+    per_s = batch * config.seq_len / ms * 1e3
+    peak = peak_flops(SimpleNamespace(device=DEVICE, dtype="bfloat16"))
+    return {"ms": ms, "tokens_per_s": per_s, "mfu": peak and count(config)["flops_per_token"] * per_s / peak,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if GPU else None,
+            "estimate_gib": memory(config, batch, "bfloat16")["total"] / 2**30}
+
+
+def host_ms(run: Callable) -> float:
+    """By the host's clock, launches included, as in training."""
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def wait() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def part_decode() -> Numbers:
+    _, ours = large()
+    ours = ours.to(DTYPE).eval()
+    prompt, n, step = torch.randint(0, 256, (1, 16), device=DEVICE), 200 if GPU else 4, Decoder()
+    for name, kind in (("uncompiled", {}), ("compiled", {"step": step})):
+        for time_of in ("first", "second"):
+            yield f"{name}, {time_of} call, tokens/s", lambda k=kind: 1e3 * n / host_ms(
+                partial(our_tokens, ours, prompt, n, **k))
+    if GPU:
+        yield "a replay alone, tokens/s", lambda: 1 / statistics.median(clock(step.graph.replay) for _ in range(50))
+    small = Model(ModelConfig(vocab_size=256)).init_weights(0).to(DEVICE).eval()             # in float32 no tie turns
+    calls = [partial(our_tokens, small, prompt, n, **kind) for kind in ({}, {"step": Decoder()})]
+    yield "float32: the same tokens compiled and not", lambda: torch.equal(*(call() for call in calls))
+
+
+def part_train() -> Numbers:
+    """configs/tiny.py, stopped after its first step and continued; and once more, which finds it finished."""
+    with tempfile.TemporaryDirectory() as out:
+        command = ["train.py", "configs/tiny.py", f"--out_dir={out}/run", "--eval_tokens=4096",
+                   f"--max_steps={60 if GPU else 6}"]
+        stopped = f"import sys, train; sys.argv = {command}; train.catch_signals = lambda: ['a test']; " \
+                  "train.run_script(train.main)"
+        yield "stopped", partial(run_here, "-c", stopped)
+        yield "continued", partial(run_here, *command)
+        yield "again", partial(run_here, *command)
+
+
+def part_peers() -> Numbers:
+    for name in ("layer", "loss", "step", "decode"):
+        yield name, partial(BENCHMARKS[name], SimpleNamespace(peers=True, config=None))
+
+
+PARTS = {  # name: (what finds its numbers, seconds it may take at most), the most worth a second first
+    "env": (part_env, 60), "tests": (part_tests, 170), "kernels": (part_kernels, 70), "layer": (part_layer, 90),
+    "loss": (part_loss, 50), "step": (part_step, 110), "decode": (part_decode, 150), "train": (part_train, 70),
+    "step_compiled": (partial(part_step, True), 130), "cells": (part_cells, 120), "peers": (part_peers, 240)}
+
+
+def bench_gpu(args) -> None:
+    names = args.only.split(",") if args.only else [*PARTS]
+    for name in names:
+        require(name in PARTS, f"--only {name} is no part: {', '.join(PARTS)}")
+    if args.part:
+        return find_numbers(args.only)
+    out, end, result = Path(args.out), time.monotonic() + args.budget, {}
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        left = end - time.monotonic() - 2
+        result[name] = run_part(name, min(left, PARTS[name][1]), out) if left > 5 else {"status": "no time left"}
+        (out / "gpu.json").write_text(json.dumps(result, indent=1))
+        print(f"{name}: {result[name]['status']}", flush=True)
+
+
+def find_numbers(name) -> None:
+    global LAYER, LOSS, STEP, WRITTEN, ROUNDS
+    if not GPU:
+        LAYER, LOSS, WRITTEN, ROUNDS = (256, 64, 32, 4), (256, 64, 512), 4, 5
+        STEP = {"small": ModelConfig(n_layer=1, d_model=64, vocab_size=256, seq_len=32)}
+    for what, find in PARTS[name][0]():
+        try:
+            found = find()
+        except Exception as error:                                # this number is lost, and no other
+            found = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        print(json.dumps({what: found}), flush=True)
+        gc.collect()
+
+
+def run_part(name, seconds, out: Path) -> dict:
+    """{"status": "done" or why not, "seconds": ..., number: ...} of a part in a process of its own."""
+    start, status = time.monotonic(), "done"
+    process = subprocess.Popen([sys.executable, "-u", __file__, "gpu", "--part", "--only", name], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        text, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)                    # its own group: whatever it started goes, too
+        text, status = process.communicate()[0], f"stopped after {seconds:.0f} s"
+    with open(out / "log.txt", "a") as log:
+        log.write(f"===== {name}\n{text}\n")
+    numbers = {}
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            numbers |= json.loads(line) if line.startswith("{") else {}
+    lost = [what for what, found in numbers.items() if isinstance(found, dict) and "failed" in found]
+    if status == "done" and (process.returncode or lost):
+        status = f"failed: {', '.join(lost) or text.strip().splitlines()[-1:]}"
+    return {"status": status, "seconds": round(time.monotonic() - start, 1), **numbers}
+
+
 # --- command line ---------------------------------------------------------------------------------
 
 BENCHMARKS = {"route": bench_route, "layer": bench_layer, "loss": bench_loss, "step": bench_step,
@@ -692,7 +1021,7 @@ TAKE_FILE = ("step", "decode", "memory", "hardware", "all")
 def main(argv: list[str]) -> None:
     parser = Parser(allow_abbrev=False, description="throughput and memory, against peers and floors, in one run")
     add = parser.add_argument
-    add("what", choices=[*BENCHMARKS, "all"], help="what is measured; see the head of this file")
+    add("what", choices=[*BENCHMARKS, "gpu", "all"], help="what is measured; see the head of this file")
     add("file", nargs="?", help="a config or sweep file instead of the built-in sizes")
     add("--config", help="the same file, by name")
     add("--peers", action="store_true", help="also time transformers and liger-kernel")
@@ -702,7 +1031,13 @@ def main(argv: list[str]) -> None:
     add("--estimate", action="store_true", help="memory: run nothing, estimate in bfloat16")
     add("--batch_tokens", type=int, help="hardware: tokens a step (default: the config's)")
     add("--card", action="append", help='hardware: also this card, "name,GB,GB/s,TFLOP/s"')
+    add("--budget", type=float, default=560, help="gpu: seconds in all (default %(default)s)")
+    add("--out", default="out/gpu", help="gpu: the folder of gpu.json and log.txt (default %(default)s)")
+    add("--only", help=f"gpu: these parts, of {','.join(PARTS)}")
+    add("--part", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
+    if args.what == "gpu":
+        return bench_gpu(args)
     if args.keep_memory:
         keep_freed_memory()
     args.config = args.config or args.file

@@ -1,9 +1,11 @@
 # The configuration that the architecture search recommends (Thakkar 2026: large-moe-1.3b, phase 1's best of five).
 #
 # Sizes    1,083M parameters, 781M of them active for a token, with tied embeddings (untied: 1,394M and 1,092M).
-#          `python model.py configs/large_moe_1p3b.py` prints them, with FLOPs and memory.
+#          `python train.py configs/large_moe_1p3b.py --dry_run` prints them, with FLOPs and memory.
 # Memory   weights, gradients and AdamW's moments are 16 bytes a parameter: 16.1 GiB; activations and the pieces of the
-#          logits come on top. The source reports 35 GB for this cell on an A100; `python model.py` prints our estimate.
+#          logits come on top. The source reports 35 GB for this cell on an A100; --dry_run prints our estimate.
+#          On a card with room take --micro_batch=4 or more (35 GiB at 8): a micro-batch moves some 35 GB of weights and
+#          gradients whatever its size, a fifth of the time that 1 x 2048 is predicted to take on an H200.
 # Data     as it stands it runs with no download, on Python's standard library as bytes: right to see it run, wrong to
 #          judge it, since 257 of 151,936 vocabulary rows are used. For the real thing give it Qwen's ranks file
 #          (qwen.tiktoken, 151,643 lines, published beside the Qwen models) and a corpus:

@@ -13,7 +13,7 @@ import torch
 import bench
 import model
 import train
-from model import run_script
+from model import BadInput, run_script
 
 ROOT = Path(bench.__file__).parent
 SMALL = dict(n_layer=1, d_model=16, n_head=2, n_kv_head=1, d_head=8, n_expert=4, top_k=2, d_expert=16, vocab_size=64,
@@ -296,3 +296,41 @@ def test_the_models_and_estimates_beside_what_the_article_publishes_are_those_of
         assert gb == f"{gib[name] * 2**30 / 1e9:.1f}"
     for card, room, _, _, gb in cards:
         assert model.CARDS[card].memory == float(room) * 1e9 and float(gb) + 1 <= float(room)
+
+
+# --- gpu: one command ---
+
+
+@pytest.mark.slow
+def test_the_gpu_command_runs_its_parts_small_where_there_is_no_gpu(tmp_path):
+    bench.main(["gpu", "--only", "env,layer,loss", "--budget", "100", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert {name: part["status"] for name, part in found.items()} == dict.fromkeys(("env", "layer", "loss"), "done")
+    assert found["env"]["conditions"]["torch"] and found["loss"]["pieces of 256 MiB: ms"] > 0
+    assert max(found["layer"]["E=16, weights float32: errors of y and gradients, an expert empty"]) < 1e-5
+
+
+@pytest.mark.parametrize(("script", "status", "number"), [
+    ("print('{\"a\": 1}')", "done", 1),
+    ("print('{\"a\": 1}'); import time; time.sleep(60)", "stopped after 2 s", 1),
+    ("print('{\"a\": 1}', flush=True); raise SystemExit('no more')", "failed: ['no more']", 1),
+    ("print('{\"a\": {\"failed\": \"too large\"}}')", "failed: a", {"failed": "too large"})])
+def test_a_part_that_fails_or_is_too_slow_keeps_the_numbers_it_had(script, status, number, tmp_path, monkeypatch):
+    (tmp_path / "part.py").write_text(script)
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "part.py"))
+    found = bench.run_part("env", 2, tmp_path)
+    assert (found["status"], found["a"]) == (status, number)
+
+
+def test_a_number_that_raises_is_lost_alone(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "PARTS", {"two": (lambda: iter([("one", lambda: 1 / 0), ("two", lambda: 2)]), 1)})
+    for name in ("LAYER", "LOSS", "STEP", "WRITTEN", "ROUNDS"):
+        monkeypatch.setattr(bench, name, getattr(bench, name))               # find_numbers makes them small
+    bench.find_numbers("two")
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
+        {"one": {"failed": "ZeroDivisionError: division by zero"}}, {"two": 2}]
+
+
+def test_the_gpu_command_names_a_part_that_is_none():
+    with pytest.raises(BadInput, match="--only kernel is no part: env, tests, kernels"):
+        bench.main(["gpu", "--only", "env,kernel"])

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -168,6 +169,30 @@ def test_swiglu_kernels_equal_the_definition_in_every_dtype(interpreter, rows, w
     near(interpreter(activated, rows, width, dtype), activated(rows, width, "float32"), tolerance)
 
 
+def fills():
+    """How many tensors are filled with zeros for the backward pass of a routing whose weights are all that is used."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Count.n += "zero" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    logits = make_logits(64, 16, "random").requires_grad_()
+    routing = router.fast_route(logits, router.RouterConfig("softmax", 4))
+    total = routing.weights.square().sum() + routing.losses["balance"] + routing.losses["z"]
+    with Count():
+        total.backward()
+    return Count.n
+
+
+def test_backward_makes_no_zeros_for_what_has_no_gradient(interpreter):
+    """Two for the pair of losses that are picked out of one tensor; six more where torch fills in gradients."""
+    assert interpreter(fills) <= 4
+
+
 def test_kernels_give_the_same_bits_every_time(interpreter):
     first, second = (interpreter(routed, 257, 16, 2) for _ in range(2))
     assert all(first[name].tobytes() == second[name].tobytes() for name in first)
@@ -215,8 +240,10 @@ def test_on_a_gpu_nothing_waits_for_the_gpu():
         (y.sum() + plan.weights.sum() + plan.losses["balance"] + plan.losses["z"]).backward()
 
     step()                                                                           # compiles
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                          # "a prototype feature"
+            torch.cuda.set_sync_debug_mode("error")
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -244,7 +271,7 @@ def kernels(e, k, **tokens):
     shape = router.tiling(e)
     warps = shape.pop("num_warps")
     sizes = {"E": e, "K": k, "BLOCK_K": triton.next_power_of_2(k), "BLOCK_T": 8192 // shape["BLOCK_E"]} | shape | tokens
-    yield "place_rows", source(router.place_rows, ints, sizes), warps
+    yield "place_rows", source(router.place_rows, ints, sizes), 4
     yield "totals", source(router.totals, ints, sizes), 8
     for sigmoid, biased, renormalize in itertools.product((False, True), repeat=3):
         how = sizes | {"SIGMOID": sigmoid, "RENORMALIZE": renormalize} | ({} if biased else {"bias": None})
@@ -254,9 +281,11 @@ def kernels(e, k, **tokens):
         if not biased:                                                               # the bias has no gradient
             yield f"route_bwd {form}", source(router.route_bwd, ints, how), warps
     for kind in ("*fp32", "*bf16", "*fp16"):
-        types = {"dweight": "*fp32", "width": "i32"} | dict.fromkeys(("h", "weight", "a", "da", "dh"), kind)
-        for kernel in (model.swiglu_fwd, model.swiglu_bwd):
-            yield f"{kernel.__name__} {kind}", source(kernel, types, {"BLOCK": 1024}), 4
+        types = {"width": "i32"} | dict.fromkeys(("h", "a", "da", "dh"), kind)       # weight and dweight are float32
+        for kernel, width in itertools.product((model.swiglu_fwd, model.swiglu_bwd), (768, 8192)):
+            shape = model.row_launch(width)
+            warps = shape.pop("num_warps")
+            yield f"{kernel.__name__} {kind} {width}", source(kernel, types, shape), warps
         for kernel in (router.gather_rows, router.combine_rows):
             types = ints | {"x": kind, "rows": kind}
             yield f"{kernel.__name__} {kind}", source(kernel, types, {"K": k, "BLOCK_D": 2048}), 8
@@ -294,6 +323,19 @@ def test_every_kernel_compiles_for_four_generations_of_gpus_without_spilling(cap
         compiled = compile_for(capability, code, warps)
         registers, spilt = registers_and_spills(compiled, capability)
         assert spilt == 0 and registers <= 65536 // (32 * warps), f"{name}: {registers} registers, {spilt} bytes spilt"
+
+
+@pytest.mark.slow
+@compiles
+def test_the_backward_kernel_and_that_which_places_rows_sum_within_a_thread():
+    """With sums that begin as tl.zeros, or with eight warps, they go through 4 and 16 KiB of shared memory."""
+    for name, code, warps in kernels(128, 8):
+        if name.startswith(("route_bwd", "place_rows")):
+            assert compile_for(90, code, warps).metadata.shared == 0, name
+
+
+def test_a_program_takes_32_tokens_whatever_the_number_of_experts():
+    assert {router.tiling(e)["TILE"] for e in (2, 16, 128, 1000)} == {32}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -284,6 +285,70 @@ def test_linear_is_torchs_and_so_are_its_first_and_second_derivatives_in_whole_t
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * theirs.abs().max().item())
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(m.fast_linear(x, w), m.linear(x, w))
+
+
+def test_under_autocast_a_norm_is_float32_with_its_weight_unrounded():
+    x, weight = torch.randn(5, 64).bfloat16(), 1 + torch.rand(64) / 512
+    with torch.autocast("cpu", torch.bfloat16):
+        found = {name: getattr(m, name).rms_norm(x, weight, 1e-6) for name in ("FAST", "COMPILED", "DECODE")}
+    for name, y in found.items():
+        torch.testing.assert_close(y, F.rms_norm(x.float(), (64,), weight, 1e-6), msg=name)
+    in_bfloat16 = m.FAST.rms_norm(x, weight.bfloat16(), 1e-6)              # a model whose weights are bfloat16
+    assert in_bfloat16.dtype == torch.bfloat16
+
+
+def test_combine_weights_reach_swiglu_unrounded(monkeypatch):
+    seen, swiglu = [], m.swiglu
+    monkeypatch.setattr(m, "swiglu", lambda h, weight: seen.append(weight.dtype) or swiglu(h, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        Model(small()).init_weights(0)(torch.ones(1, 8, dtype=torch.int64))
+    assert seen and set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize(("major", "n_expert", "served"), [(8, 16, False), (9, 16, True), (9, 1023, True),
+                                                           (9, 1024, False), (10, 16, False), (12, 16, False)])
+def test_grouped_products_serve_hopper_under_1024_experts(major, n_expert, served, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    x = SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.bfloat16)
+    assert m.has_grouped_mm(x, torch.empty(n_expert, 64, 32, device="meta"), 100) == served
+
+
+def test_a_gpu_with_room_takes_larger_pieces_of_the_logits(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    for free, mib in ((1, 256), (3.9, 256), (4.1, 512), (15, 1024), (70, 2048)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free * 2**30), 0))
+        assert m.logit_bytes(torch.device("cuda")) == mib * 2**20
+    assert m.logit_bytes(torch.device("cpu")) == 256 * 2**20
+
+
+@pytest.mark.slow
+def test_a_kept_decoder_keeps_its_buffers_and_nine_batches_compile_in_one_process():
+    model, step = Model(small(n_layer=1)).init_weights(0).eval(), m.Decoder()
+    buffers = []
+    for batch in (*range(1, 10), 9):
+        prompts = torch.randint(0, 97, (batch, 5), generator=torch.Generator().manual_seed(batch))
+        assert torch.equal(greedy(model, prompts, 6, step), greedy(model, prompts, 6))
+        buffers.append(step.cache)
+    assert buffers[-1] is buffers[-2] is not buffers[-3]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")                 # torch.compile, where a graph ends
+def test_a_compiled_step_leaves_the_routing_kernels_as_they_are(monkeypatch):
+    """They are fused by hand: traced through, the definition would be compiled in their place."""
+    calls = []
+
+    @torch.compiler.disable
+    def by_kernels(logits, config, context):
+        calls.append(torch.compiler.is_compiling())
+        return router.route(logits, config, context)
+
+    monkeypatch.setattr(router, "use_kernels", lambda x: True)
+    monkeypatch.setattr(router, "route_by_kernels", by_kernels)
+    model = Model(small()).init_weights(0)
+    with m.using(m.COMPILED._replace(experts=m.PLAIN.experts)):
+        torch.compile(model, dynamic=False, backend="eager")(torch.ones(2, 8, dtype=torch.int64))
+    assert calls == [False] * 2
 
 
 def test_rms_norm_and_its_gradients_are_torchs_whatever_the_strides():
