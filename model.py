@@ -948,6 +948,7 @@ OPS = FAST
 import base64
 import codecs
 import json
+import zipfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -1360,6 +1361,14 @@ def load_run(folder: str | Path, device: str = "cpu", tokenizer: str | None = No
     return model.eval(), load_tokenizer(name) if name else FolderTokenizer(Path(folder))
 
 
+def load_checkpoint(path: Path, **options) -> dict:
+    """What torch.save wrote, on the CPU. The file's checksums are compared, which torch.load does not do."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    require(damaged is None, f"the checksum of {damaged} in {path} is wrong: a part of the file was changed")
+    return torch.load(path, "cpu", weights_only=True, **options)
+
+
 def load_model(folder: str | Path) -> tuple[Model, dict]:
     """The model and what its config.json says: of a run (it then names its tokenizer), or a Hugging Face checkpoint."""
     folder = Path(folder)
@@ -1369,7 +1378,7 @@ def load_model(folder: str | Path) -> tuple[Model, dict]:
     require((folder / "ckpt.pt").is_file(), f"{folder} has no ckpt.pt: train it first, or check the path")
     try:
         model = Model(ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}))
-        model.load_state_dict(torch.load(folder / "ckpt.pt", "cpu", weights_only=True, mmap=True)["model"])
+        model.load_state_dict(load_checkpoint(folder / "ckpt.pt", mmap=True)["model"])
     except Exception as error:                                        # whatever a damaged file makes torch.load raise
         raise BadInput(f"{folder}: ckpt.pt is damaged, or does not fit its config.json ({error})") from None
     return model, config

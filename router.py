@@ -836,11 +836,11 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     sys.stdout.reconfigure(errors="replace")             # a text may hold what the terminal cannot show
     try:
         main(sys.argv[1:])
-    except BadInput as error:
-        print(f"error: {error}".replace("\n", " "), file=sys.stderr)
-        sys.exit(2)
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)
+    except (BadInput, OSError) as error:                 # an OSError says which file, and why: no space, no permission
+        print(f"error: {error}".replace("\n", " "), file=sys.stderr)
+        sys.exit(2)
 
 
 def check(routing: Routing, n_token: int, n_expert: int) -> None:

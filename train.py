@@ -346,6 +346,7 @@ from model import (
     experts,
     ids_of,
     is_file,
+    load_checkpoint,
     load_model,
     load_run,
     load_tokenizer,
@@ -582,9 +583,17 @@ def prepare(config: Config, tokenizer) -> list[list[np.ndarray]]:
     folder = Path("data") / f"{Path(config.dataset).name.replace('*', '')}-{Path(config.tokenizer).stem}-{key}"
     if not (folder / "manifest.json").is_file():
         tokenise(files, tokenizer, folder, manifest)
-    sides = [folder / "train.bin", folder / "val.bin"]
-    return split([np.memmap(p, manifest["dtype"], "r") if p.stat().st_size else np.zeros(0, np.uint16)
-                  for p in sides], config.seq_len)
+    return split([read_tokens(folder, side, manifest["dtype"]) for side in ("train", "val")], config.seq_len)
+
+
+def read_tokens(folder: Path, side: str, dtype: str) -> np.ndarray:
+    """The tokens that tokenise wrote for a side, as many as its manifest says."""
+    path = folder / f"{side}.bin"
+    n = read_json(folder / "manifest.json", "tokens").get("tokens", {}).get(side)
+    size = n * np.dtype(dtype).itemsize if isinstance(n, int) else -1
+    require(path.is_file() and path.stat().st_size == size,
+            f"{path} is not what {folder}/manifest.json says: delete {folder}, and it is made again")
+    return np.memmap(path, dtype, "r") if n else np.zeros(0, np.uint16)
 
 
 def split(sides: list[np.ndarray], seq_len: int) -> list[list[np.ndarray]]:
@@ -736,10 +745,16 @@ class Corpus(Data):
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write beside, flush to disk, rename: a crash at any moment leaves the old checkpoint or the new one, whole."""
     partial = path.with_suffix(".tmp")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:                      # torch.save: a RuntimeError that tells of positions
+        partial.unlink(missing_ok=True)
+        room = shutil.disk_usage(path.parent).free / 2**30
+        raise BadInput(f"{path} cannot be written ({str(error)[:99]}; {room:.2f} GiB are free there): the checkpoint "
+                       "before it is whole; make room, and the same command continues") from None
     partial.replace(path)
 
 
@@ -758,7 +773,7 @@ def open_run(config: Config, data: int) -> dict | None:
             (out / name).unlink(missing_ok=True)
         there = (out / "ckpt.pt").is_file()
         then = json.loads((out / "config.json").read_text()) if there or (out / "config.json").is_file() else now
-        state = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True) if there else None
+        state = load_checkpoint(out / "ckpt.pt") if there else None
         changed = differences(then, now)
     except BadInput:
         raise
@@ -1092,7 +1107,7 @@ def describe(config: Config, data: Corpus, need: int, free: int) -> None:
           f"{config.n_layer} layers, {experts}")
     print(f"data: {config.dataset} in {config.tokenizer}, {sum(map(len, data.train.arrays)):,} training and "
           f"{sum(map(len, data.val.arrays)):,} validation tokens")
-    print(f"plan: {data.steps:,} steps, {tokens:,} tokens ({tokens / (len(data.train) * config.seq_len):.2f} epochs), "
+    print(f"run: {data.steps:,} steps, {tokens:,} tokens ({tokens / (len(data.train) * config.seq_len):.2f} epochs), "
           f"{sizes['flops']:.3g} FLOPs; about {need / 2**30:.2f} GiB of the {free / 2**30:.1f} GiB "
           f"free on {config.device}, {config.dtype}", flush=True)
 

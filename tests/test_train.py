@@ -891,8 +891,50 @@ def test_a_checkpoint_is_on_disk_before_it_takes_the_old_ones_name_which_a_crash
     assert not list(Path("out/tiny").glob("*.tmp"))
 
 
+def flipped(data: bytes) -> bytes:
+    """One bit in the middle, which is a weight: torch.load takes it as it is."""
+    half = len(data) // 2
+    return data[:half] + bytes([data[half] ^ 1]) + data[half + 1:]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(error, monkeypatch, command, trained):
+    trained("--out_dir=out/straight")
+    save = torch.save
+
+    def full(state, file):
+        if state["step"] == 10:
+            raise error
+        save(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        code, _, err = command()
+        assert code == 2 and "the checkpoint before it is whole; make room" in err and err.count("\n") == 1
+    assert checkpoint()["step"] == 5 and not list(Path("out/tiny").glob("*.tmp"))
+    trained()
+    assert_same_run("out/tiny", "out/straight")
+
+
+def test_a_file_that_may_not_be_read_is_one_line(monkeypatch, refused):
+    def no(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(t, "source_files", no)
+    refused("Permission denied: 'corpus'")
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:-2])])
+def test_tokens_that_are_not_those_of_their_manifest_are_refused_with_the_folder_to_delete(damage, trained, refused):
+    trained("--max_steps=1")
+    (path,) = Path("data").glob("*/val.bin")
+    damage(path)
+    refused(f"delete {path.parent}", "--max_steps=1", "--overwrite")
+
+
 @pytest.mark.parametrize("name, damage", [
-    ("ckpt.pt", lambda data: data[:-100]), ("ckpt.pt", lambda data: b"junk"), ("config.json", lambda data: data[:-100]),
+    ("ckpt.pt", flipped), ("ckpt.pt", lambda data: data[:-100]), ("ckpt.pt", lambda data: b"junk"),
+    ("config.json", lambda data: data[:-100]),
     ("config.json", lambda data: b"[1]"), ("config.json", lambda data: b"{}"), ("config.json", None)])
 def test_a_damaged_run_is_refused_in_one_line_to_continue_and_to_start_from(interrupted, refused, name, damage):
     interrupted(12)
@@ -990,7 +1032,7 @@ def test_evaluation_leaves_no_state(held_out):
 def test_a_run_prints_its_plan_its_progress_and_a_sample_and_logs_a_line_a_step(command, figures):
     code, out, err = command()
     assert code == 0 and err == ""
-    for word in ("parameters", "active", "training and", "plan: 20 steps, 2,560 tokens", "epochs", "FLOPs", "GiB",
+    for word in ("parameters", "active", "training and", "run: 20 steps, 2,560 tokens", "epochs", "FLOPs", "GiB",
                  "--- a sample ---", "done: "):
         assert word in out, word
     assert len(out.partition("--- a sample ---")[2]) > 20
