@@ -1293,6 +1293,8 @@ import io
 import statistics
 import subprocess
 
+from router import FUSED, Context, check_causal
+
 # --- what is run ---
 
 
@@ -1305,6 +1307,7 @@ class Trial:
     model: str = ""            # the name in the file: what a mean over seeds is taken of
     group: str = ""            # `group` in the file: ranked apart, and a colour or a curve of its own in the figure
     along: str | None = None   # the field that the figure draws the loss against
+    baseline: str | None = None    # the group whose runs are the ladder that equal loss is read off
 
 
 def load_runs(path: str, overrides: dict | None = None) -> list[Config]:
@@ -1319,6 +1322,7 @@ def read_runs(path: str, overrides: dict | None = None, seeds: list | None = Non
         require(not seeds, f"{path} is one run: --seeds is for sweeps, use --seed")
         return [Trial(make_config(shared | overrides, f"out/{Path(path).stem}", overrides))]
     entries, in_file, along = shared.pop("runs"), shared.pop("seeds", []), shared.pop("along", None)
+    baseline = shared.pop("baseline", None)
     seeds = seeds or in_file
     require(isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries),
             f"{path}: runs must be a list of dict(name=..., field=...)")
@@ -1330,13 +1334,26 @@ def read_runs(path: str, overrides: dict | None = None, seeds: list | None = Non
             for entry in entries for seed in seeds or [None]]
     for run in runs:
         run.along = along
+        run.baseline = baseline
     numbers = [getattr(run.config, str(along), None) for run in runs]
     require(along is None or all(type(n) in (int, float) for n in numbers),
             f"{path}: along = {along!r} must be a field that is a number in every run, such as 'd_expert'")
     names = [run.name for run in runs]
     twice = [name for name in names if names.count(name) > 1]
     require(not twice, f"{path} has two runs named {twice and twice[0]}")
+    if baseline is not None:
+        require_ladder(path, runs, baseline)
     return runs
+
+
+def require_ladder(path: str, runs: list[Trial], baseline: str) -> None:
+    """The baseline is a group of the sweep, and its runs have three budgets or more."""
+    groups = {run.group for run in runs}
+    require(baseline in groups, f"{path}: baseline = {baseline!r} is no group of its runs"
+            f"{closest(str(baseline), groups)}")
+    budgets = {budget(run.config)["flops"] for run in runs if run.group == baseline}
+    require(len(budgets) > 2, f"{path}: the baseline {baseline!r} needs a ladder, runs of three budgets (FLOPs) or "
+            f"more, and has {len(budgets)}")
 
 
 def make_run(entry: dict, seed: int | None, suffix: str, shared: dict, overrides: dict, folder: str) -> Trial:
@@ -1421,7 +1438,7 @@ class Started:
     clock: float                 # when it began
 
 
-def sweep(args: argparse.Namespace, runs: list[Trial]) -> int:
+def sweep(args: argparse.Namespace, runs: list[Trial], sum_up: Callable[[Path, list[Trial]], None]) -> int:
     """Run what has no result yet, then sum up. Exit code 0 when every chosen run has a result, else 1."""
     folder, chosen = Path(runs[0].config.out_dir).parent, select(runs, args.only)
     if args.report:
@@ -1437,7 +1454,7 @@ def sweep(args: argparse.Namespace, runs: list[Trial]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
         run_all(chosen, parallel)
-    summarise(folder, runs)
+    sum_up(folder, runs)
     return 0 if all(outcome(run)[0] in RESULTS for run in chosen) else 1
 
 
@@ -1475,6 +1492,10 @@ def start(run: Trial, slot: int, parallel: int) -> Started:
     out, environment = Path(run.config.out_dir), dict(os.environ)
     out.mkdir(parents=True, exist_ok=True)
     (out / "outcome.json").unlink(missing_ok=True)
+    if parallel > 1:
+        (out / "alone").unlink(missing_ok=True)
+    elif run.config.overwrite or not (out / "config.json").is_file():      # from its first step on
+        (out / "alone").touch()
     if run.config.device == "cpu" and parallel > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // parallel)))
     if run.config.device == "cuda":                                        # ("cuda:1" stays where it wants to be)
@@ -1563,10 +1584,11 @@ def summarise(folder: Path, runs: list[Trial]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text_file(folder / "summary.csv", text.getvalue())
+    ladder = [row for row in rows if runs[0].baseline and row["group"] == runs[0].baseline]
     groups: dict[str, dict[str, list[dict]]] = {}                          # group -> model -> a row a seed
     for row in rows:
         groups.setdefault(row["group"], {}).setdefault(row["model"], []).append(row)
-    tables = "\n\n".join(ranking(group, models) for group, models in groups.items())
+    tables = "\n\n".join(ranking(group, models, ladder) for group, models in groups.items())
     write_text_file(folder / "summary.md", f"# {folder.name}\n\n{tables}\n")
     draw_summary(folder, groups, runs[0].along)
     print(f"\n{tables}\n\n{folder}/ holds summary.csv, summary.md and summary.png")
@@ -1587,6 +1609,7 @@ def table_row(run: Trial, names: list[str]) -> dict:
             "active_ratio": round(sizes["n_active"] / sizes["n_total"], 4), "tokens": sizes["tokens"],
             "steps": sizes["steps"], "flops": sizes["flops"], "seconds": result.get("seconds"),
             "tokens_per_s": result.get("tokens_per_s"), "peak_memory": result.get("peak_memory"),
+            **({"alone": (Path(run.config.out_dir) / "alone").is_file()} if run.baseline else {}),
             **{name: getattr(run.config, name) for name in names}}
 
 
@@ -1599,11 +1622,13 @@ def by_loss(models: dict[str, list[dict]]) -> list[str]:
     return sorted(models, key=lambda model: statistics.fmean(losses(models[model]) or [math.inf]))
 
 
-def ranking(group: str, models: dict[str, list[dict]]) -> str:
-    """A table in the order of validation cross-entropy, under one line that says what is equal in the comparison."""
+def ranking(group: str, models: dict[str, list[dict]], ladder: list[dict]) -> str:
+    """A table in the order of validation cross-entropy, under one line that says what is equal in the comparison.
+    With a baseline's ladder: what each model's loss costs the baseline, over what it cost the model."""
     lines = [f"## {group}\n"] * bool(group) + [comparison([row for rows in models.values() for row in rows]), ""]
-    lines += ["| rank | model | loss, nats/token | total | active | active ratio | tokens/s | peak memory | status |",
-              "|-:|-|-:|-:|-:|-:|-:|-:|-|"]
+    head = "| rank | model | loss, nats/token | total | active | active ratio | tokens/s | peak memory | status |"
+    worth = " FLOPs to equal loss | seconds to equal loss |" if ladder else ""
+    lines += [head + worth, "|-:|-|-:|-:|-:|-:|-:|-:|-|" + "-:|-:|" * bool(ladder)]
     for rank, model in enumerate(by_loss(models), 1):
         rows = models[model]
         done = [row for row in rows if row["status"] == "done"]
@@ -1615,9 +1640,13 @@ def ranking(group: str, models: dict[str, list[dict]]) -> str:
                  f"{rows[0]['active_ratio']:.2f}", f"{statistics.fmean(speed):,.0f}" if done else "",
                  f"{statistics.fmean(memory) / 2**30:.2f} GiB" if done else "",
                  ", ".join(f"{states.count(s)} {s}" if len(rows) > 1 else s for s in dict.fromkeys(states))]
+        if ladder:
+            cells += [ratio_text(equal_loss(rows, ladder, cost)) for cost in ("flops", "seconds")]
         lines.append(f"| {' | '.join(cells)} |")
     if any(len(rows) > 1 for rows in models.values()):
         lines += ["", "Loss: mean ± sample standard deviation over seeds (their number)."]
+    if ladder:
+        lines += ["", EQUAL_LOSS.format(ladder[0]["group"])]
     return "\n".join(lines)
 
 
@@ -1688,6 +1717,206 @@ def draw_rows(axis, groups: dict, field: None) -> None:
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.grid(axis="y", alpha=0.25)
     axis.set_xlabel("validation cross-entropy, nats per token")
+
+
+# --- sweeps: what an idea is worth ---
+# A sweep that sets `baseline = "group"` compares with the ladder of that group: the same model at three budgets or
+# more. `python train.py judge SWEEP.py --field=value ...` adds a variant of each of its runs, the idea, and judges it.
+
+
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)     # Student's t, 95%: 1 to 10 degrees of freedom
+SAME_FOR_BOTH = ("out_dir", "device", "dataset", "tokenizer", "vocab_size", "eval_tokens")     # no part of an idea
+EQUAL_LOSS = """To equal loss: what the baseline {} takes to reach a loss over what the model took, above 1 a saving;
+mean over seeds and 95% interval. Seconds: only of runs that had the machine to themselves, --parallel=1."""
+
+
+def read_judged(path: str, given: dict, seeds: list | None, scale: float) -> list[Trial]:
+    """The baseline's runs, then the idea's: the same with the fields that are given. --overwrite is for the idea alone,
+    whose code may have changed behind the same flags."""
+    common = {name: value for name, value in given.items() if name in SAME_FOR_BOTH}
+    ladder = [run for run in read_runs(path, common, seeds, scale) if run.group == run.baseline]
+    require(ladder, f"{path} sets no baseline: judge needs a sweep with one, such as configs/judge.py")
+    require(len({run.config.seed for run in ladder}) > 1, f"{path}: a verdict needs two seeds or more")
+    flags = [f"{name}={value}" for name, value in given.items() if name not in (*SAME_FOR_BOTH, "overwrite")]
+    require(flags, f"judge needs an idea: the flags that make it out of the baseline {ladder[0].group!r}, such as "
+            "--router=hash")
+    ideas = [run for run in read_runs(path, given, seeds, scale) if run.group == run.baseline]
+    require(any({*differing([base, idea])} - {"overwrite"} for base, idea in zip(ladder, ideas)),
+            f"the idea {' '.join(flags)} equals the baseline {ladder[0].group!r}: there is nothing to judge")
+    return ladder + [renamed(run, re.sub(r"[^\w.+=-]", "_", "+".join(flags))[:80]) for run in ideas]
+
+
+def renamed(run: Trial, idea: str) -> Trial:
+    """The run in the idea's group, in a folder of the idea's name."""
+    name, model = (idea + text.removeprefix(run.group) for text in (run.name, run.model))
+    out = Path(run.config.out_dir).with_name(name)
+    return replace(run, config=replace(run.config, out_dir=str(out)), name=name, model=model, group=idea)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95% interval by Student's t."""
+    n = len(values)
+    return statistics.fmean(values), student(n) * statistics.stdev(values) / n ** 0.5 if n > 1 else math.inf
+
+
+def student(n: int) -> float:
+    """The 97.5% point of Student's t of n values (beyond the table by its expansion, good to 0.01)."""
+    return T_95[n - 2] if n - 2 < len(T_95) else 1.96 + 2.6 / (n - 1)
+
+
+def cost_of(loss: float, ladder: list[tuple[float, float]]) -> float | None:
+    """What the loss costs on a ladder of (cost, loss), cheapest first: a straight line between two rungs, in logarithms
+    of both. None beyond the ladder, where only an extrapolation would answer."""
+    for (cost, high), (next_cost, low) in itertools.pairwise(ladder):
+        if high >= loss >= low:
+            share = math.log(high / loss) / math.log(high / low) if high > low else 0.0
+            return cost * (next_cost / cost) ** share
+    return None
+
+
+def equal_loss(rows: list[dict], ladder: list[dict], cost: str) -> list[float | None]:
+    """For each finished row whose seed has the whole ladder, the cost of its loss there over its own; None beyond it.
+    Of seconds none at all, []: if one of these runs did not have the machine to itself."""
+    lacking = {row["seed"] for row in ladder if row["status"] != "done"}
+    done = [row for row in rows if row["status"] == "done" and row["seed"] not in lacking]
+    seeds = {row["seed"] for row in done}
+    if cost == "seconds" and not all(row["alone"] for row in done + [row for row in ladder if row["seed"] in seeds]):
+        return []
+    ratios = []
+    for row in done:
+        reached = cost_of(row["loss"], sorted((one[cost], one["loss"]) for one in ladder if one["seed"] == row["seed"]))
+        ratios.append(reached and reached / row[cost])
+    return ratios
+
+
+def ratio_text(ratios: list[float | None]) -> str:
+    """The geometric mean of the ratios and its 95% interval."""
+    if not ratios:
+        return ""
+    if None in ratios:
+        return f"beyond the ladder in {ratios.count(None)} of {len(ratios)} seeds"
+    mean, half = interval([math.log(ratio) for ratio in ratios])
+    bounds = f" ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f})" if len(ratios) > 1 else ""
+    return f"{math.exp(mean):.2f}x{bounds}"
+
+
+def give_verdict(folder: Path, runs: list[Trial]) -> None:
+    """judge.json, judge.png and one screen: the idea, whose runs are the second half, against the baseline."""
+    n = len(runs) // 2
+    rows = [table_row(run, []) for run in runs]
+    pairs: dict[str, list[tuple[dict, dict]]] = {}                         # model -> (baseline, idea) a seed
+    for base, idea in zip(rows[:n], rows[n:]):
+        pairs.setdefault(base["model"], []).append((base, idea))
+    rungs = sorted((rung(pairs[model], rows[:n]) for model in pairs), key=lambda one: one["flops"])
+    largest = pairs[rungs[-1]["model"]]
+    names = {row["name"] for pair in largest for row in pair}
+    judged = {"idea": runs[n].group, "baseline": runs[0].group,
+              "compared": comparison([row for pair in largest for row in pair]), "rungs": rungs,
+              "routing": {group: routing_of([run for run in runs if run.group == group and run.name in names])
+                          for group in (runs[0].group, runs[n].group)}}
+    judged["verdict"] = sentence(judged)
+    write_text_file(folder / "judge.json", json.dumps(judged, indent=1))
+    draw_judged(judged, folder / "judge.png")
+    print(f"\n{screen(judged)}\n\n{folder}/ holds judge.json and judge.png")
+
+
+def rung(pairs: list[tuple[dict, dict]], ladder: list[dict]) -> dict:
+    """One budget of the ladder: the idea's losses beside the baseline's, seed by seed, and what equal loss costs."""
+    done = [(base, idea) for base, idea in pairs if base["status"] == idea["status"] == "done"]
+    ideas = [idea for _, idea in done]
+    base, idea = pairs[0]
+    return {"model": base["model"], "steps": base["steps"], "flops": base["flops"], "idea_flops": idea["flops"],
+            "seeds": [idea["seed"] for idea in ideas],
+            "losses": [base["loss"] for base, _ in done], "idea_losses": [idea["loss"] for idea in ideas],
+            "difference": interval([idea["loss"] - base["loss"] for base, idea in done]) if len(done) > 1 else None,
+            "flops_to_equal_loss": equal_loss(ideas, ladder, "flops"),
+            "seconds_to_equal_loss": equal_loss(ideas, ladder, "seconds"),
+            "without_loss": [f"{row['name']} {row['status']}" for row in itertools.chain(*pairs)
+                             if row["status"] != "done"]}
+
+
+def routing_of(runs: list[Trial]) -> dict:
+    """How the experts were used in the last tenth of these runs' steps, and what their policy promises; {} without."""
+    config = runs[0].config
+    done = [Path(run.config.out_dir) for run in runs if outcome(run)[0] == "done"]
+    logs = [[line for line in read_log(out) if "load_max_over_mean" in line] for out in done]
+    lines = [line for log in logs for line in log[-math.ceil(len(log) / 10):]]
+    if not lines:
+        return {}
+    load, dead, entropy = (statistics.fmean(line[name] for line in lines)
+                           for name in ("load_max_over_mean", "dead_experts", "entropy"))
+    logits = torch.randn(64, config.n_expert, generator=torch.Generator().manual_seed(0))
+    causal = POLICIES[config.router].causal and check_causal(logits, config, Context(torch.arange(64)))
+    fused = config.router in FUSED and config.balance_scope != "sequence" and config.router_noise == 0
+    return {"max_violation": load - 1, "dead_experts": dead, "entropy": entropy, "causal": "yes" if causal else "no",
+            "kernels": "Triton's on a GPU" if fused else "none, torch alone"}
+
+
+def sentence(judged: dict) -> str:
+    """Better, worse or not resolved, by whether the interval at the largest budget leaves out zero."""
+    last = judged["rungs"][-1]
+    lacking = f" (without {', '.join(last['without_loss'])})" if last["without_loss"] else ""
+    if not last["difference"]:
+        return f"not judged: fewer than two seeds are done{lacking}"
+    mean, half = last["difference"]
+    n = len(last["seeds"])
+    measured = f"at this scale: {mean:+.4f} ± {half:.4f} nats a token after {last['steps']:,} steps, {n} seeds{lacking}"
+    if abs(mean) <= half:
+        return f"not resolved {measured}; {more_seeds(mean, half, n)} more seeds would resolve such a difference"
+    ahead = judged["routing"][judged["idea"]].get("causal") == "no"
+    caveat = "; but it is not causal, and its loss may come from looking ahead" if ahead else ""
+    return f"{'better' if mean < 0 else 'worse'} {measured}{caveat}"
+
+
+def more_seeds(mean: float, half: float, n: int) -> str:
+    """How many more seeds bring the interval below the difference, if mean and spread stay."""
+    deviation = half * n ** 0.5 / student(n)
+    enough = (m for m in range(n + 1, n + 1001) if student(m) * deviation / m ** 0.5 < abs(mean))
+    return f"{next(enough, n) - n or 'over 1,000'}"
+
+
+def screen(judged: dict) -> str:
+    """What judge prints."""
+    lines = [f"{judged['idea']} against {judged['baseline']}: a seed has the same batches, and the same first weights",
+             f"where shapes agree. Largest budget: {judged['compared']}", "",
+             f"  steps  baseline     idea  {'difference, 95%':17s}  {'FLOPs to equal loss':35s}  seconds to equal loss"]
+    for one in judged["rungs"]:
+        if one["difference"]:
+            mean, half = one["difference"]
+            lines.append(f"{one['steps']:7,d} {statistics.fmean(one['losses']):9.4f} "
+                         f"{statistics.fmean(one['idea_losses']):8.4f}  {mean:+.4f} ± {half:.4f}  "
+                         f"{ratio_text(one['flops_to_equal_loss']):35s}  "
+                         f"{ratio_text(one['seconds_to_equal_loss']) or 'left out'}")
+    width = max(map(len, judged["routing"]))
+    lines += ["", EQUAL_LOSS.format(judged["baseline"]), "",
+              f"{'':{width}s}  MaxVio  dead experts  entropy  causal  kernels"]
+    form = "{max_violation:6.2f}  {dead_experts:12.1f}  {entropy:7.3f}  {causal:6s}  {kernels}"
+    lines += [f"{name:{width}s}  {form.format(**found) if found else 'no experts'}"
+              for name, found in judged["routing"].items()]
+    return "\n".join([*lines, "", f"{judged['idea']} is {judged['verdict']}."])
+
+
+def draw_judged(judged: dict, path: Path) -> None:
+    """Left, both ladders against training FLOPs; right, the difference at each rung with its interval."""
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
+    rungs = [one for one in judged["rungs"] if one["difference"]]
+    for i, (name, cost, losses) in enumerate(((judged["baseline"], "flops", "losses"),
+                                              (judged["idea"], "idea_flops", "idea_losses"))):
+        left.plot([one[cost] for one in rungs for _ in one["seeds"]], [y for one in rungs for y in one[losses]], "o",
+                  color=f"C{i}", alpha=0.4, ms=4)
+        left.plot([one[cost] for one in rungs], [statistics.fmean(one[losses]) for one in rungs], color=f"C{i}",
+                  label=name)
+    left.set(xscale="log", xlabel="training FLOPs", ylabel="validation cross-entropy, nats per token")
+    left.legend(frameon=False, fontsize=8)
+    for x, one in enumerate(rungs):
+        ys = [idea - base for base, idea in zip(one["losses"], one["idea_losses"])]
+        right.plot([x - 0.1] * len(ys), ys, "o", color="C1", alpha=0.4, ms=4)
+        right.errorbar(x, *one["difference"], color="C1", fmt="s", capsize=4)
+    right.axhline(0, color="0.5", lw=0.8)
+    right.set_xticks(range(len(rungs)), [f"{one['steps']:,}" for one in rungs])
+    right.set(xlabel="steps", ylabel=f"idea less {judged['baseline']}: nats per token, 95%")
+    figure.suptitle(judged["idea"], fontsize=10)
+    save_figure(figure, path)
 
 
 # --- one token's journey ---
@@ -1770,13 +1999,14 @@ def main(argv: list[str]) -> None:
         return {"draw": draw, "trace": trace}[argv[0]](argv[1:])
     if argv[:1] == ["--run"]:
         sys.exit(train_alone(Config(**json.loads(argv[1]))))
-    args, given = parse_command_line(argv)
-    runs = read_runs(args.config, given, args.seeds, args.scale)
+    judging = argv[:1] == ["judge"]
+    args, given = parse_command_line(argv[judging:])
+    runs = (read_judged if judging else read_runs)(args.config, given, args.seeds, args.scale)
     require(args.dry_run or not args.json, "--json prints sizes: give it --dry_run")
     if args.dry_run:
         return dry_run(select(runs, args.only), args.json)
     if runs[0].name:
-        sys.exit(sweep(args, runs))
+        sys.exit(sweep(args, runs, give_verdict if judging else summarise))
     require(not (args.report or args.only or args.parallel is not None), f"{args.config} is one run, not a sweep")
     sys.exit(run(runs[0].config))
 

@@ -1,0 +1,269 @@
+"""What an idea is worth: the arithmetic of equal loss, the verdict of `train.py judge`, and results/judge/README.md.
+
+Runs are made up (`finish` writes what a finished run leaves), except in the test marked slow.
+"""
+
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+import model as m
+import train as t
+
+ROOT = Path(t.__file__).parent
+SHARED = dict(n_layer=2, d_model=32, n_head=2, n_kv_head=1, d_head=16, n_expert=4, top_k=2, d_expert=16, vocab_size=264,
+              seq_len=32, dataset="corpus", micro_batch=4, eval_interval=1000, eval_tokens=256, log_interval=5,
+              checkpoint_interval=1000)
+LADDER = "[dict(name=f'base-{steps}', group='base', max_steps=steps) for steps in (10, 20, 40)]"
+ROUTING = {"load_max_over_mean": 1.5, "dead_experts": 3, "entropy": 1.25}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run `python train.py *arguments` in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            m.run_script(t.main)
+        except SystemExit as leave:
+            code = leave.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def write(runs: str = LADDER, baseline: str | None = "base", **shared) -> None:
+    lines = [f"{name} = {value!r}\n" for name, value in (SHARED | shared).items()]
+    lines += [f"baseline = {baseline!r}\n"] * (baseline is not None)
+    Path("sweep.py").write_text("".join([*lines, f"runs = {runs}\n"]))
+
+
+def finish(run: t.Trial, loss: float, seconds: float = 2.0, alone: bool = True) -> None:
+    """What a finished run leaves, without training it."""
+    out = Path(run.config.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(asdict(run.config)))
+    (out / "result.json").write_text(json.dumps({"loss": loss, "bits_per_byte": loss, "seconds": seconds,
+                                                 "tokens_per_s": 1.0, "peak_memory": 1}))
+    (out / "log.jsonl").write_text(20 * (json.dumps(ROUTING) + "\n"))
+    if alone:
+        (out / "alone").touch()
+
+
+def climb(given: dict, base: list[list[float]], idea: list[list[float]], **how) -> None:
+    """Finish a ladder of two, a list a rung, a loss a seed; a run of n steps takes n seconds, the idea's half of it."""
+    runs = t.read_judged("sweep.py", given, None, 1)
+    for run, loss in zip(runs, [loss for rung in [*base, *idea] for loss in rung]):
+        finish(run, loss, run.config.max_steps / (1 if run.group == "base" else 2), **how)
+
+
+def judged() -> dict:
+    return json.loads(Path("out/sweep/judge.json").read_text())
+
+
+# --- the arithmetic --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss, cost", [
+    (4.0, 100), (2.0, 400), (1.0, 1600),              # the rungs
+    (math.sqrt(8), 200), (math.sqrt(2), 800),         # halfway in logarithms, between the first two and the last two
+    (4.1, None), (0.9, None),                         # beyond either end
+])
+def test_the_cost_of_a_loss_is_a_straight_line_in_logarithms_and_nothing_beyond_the_ladder(loss, cost):
+    found = t.cost_of(loss, [(100, 4.0), (400, 2.0), (1600, 1.0)])
+    assert found == (cost if cost is None else pytest.approx(cost))
+
+
+def test_a_ladder_that_goes_up_and_down_again_gives_the_first_budget_that_reaches_the_loss():
+    assert t.cost_of(2.0, [(1, 4.0), (2, 2.0), (4, 3.0), (8, 1.0)]) == pytest.approx(2)
+    assert t.cost_of(2.0, [(1, 2.0), (2, 2.0), (4, 1.0)]) == 1
+
+
+def test_an_interval_is_students_on_the_seeds():
+    mean, half = t.interval([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.303 / math.sqrt(3), rel=1e-3))   # t(2) = 4.303, deviation 1
+    for n, point in ((2, 12.706), (6, 2.571), (11, 2.228), (12, 2.201), (21, 2.086), (61, 2.000)):
+        assert t.student(n) == pytest.approx(point, abs=0.01), n
+
+
+def test_as_many_more_seeds_as_the_interval_needs_to_leave_out_zero():
+    half = t.student(4) * 0.02 / 2                    # four seeds of deviation 0.02
+    assert half > 0.02 and t.more_seeds(0.02, half, 4) == "3"       # t(6) 0.02 / sqrt 7 = 0.0185; six: 0.0210
+    assert t.more_seeds(-0.02, half, 4) == "3" and t.more_seeds(1e-9, half, 4) == "over 1,000"
+
+
+# --- the summary of a sweep with a baseline --------------------------------------------------------------------------
+
+
+def test_a_sweep_with_a_baseline_says_what_each_variant_saves_to_equal_loss(command):
+    write(LADDER + " + [dict(name='half', group='other', max_steps=20), dict(name='far', group='other', max_steps=20)]",
+          seeds=[1, 2])
+    losses = {"base-10": 4.0, "base-20": 2.0, "base-40": 1.0, "half": math.sqrt(2), "far": 0.5}
+    runs = t.read_runs("sweep.py")
+    for run in runs:
+        finish(run, losses[run.model], seconds=run.config.max_steps / (1 if run.group == "base" else 2))
+    code, out, _ = command("sweep.py", "--report")
+    cells = {line.split(" | ")[1]: line.split(" | ")[-2:] for line in out.splitlines() if line.startswith("| ")}
+    root = math.sqrt(2)                               # the loss halfway between 20 and 40 steps, by a run of 20
+    assert code == 0 and cells["half"] == [f"{root:.2f}x (1.41 to 1.41)", f"{2 * root:.2f}x (2.83 to 2.83) |"]
+    assert cells["far"] == ["beyond the ladder in 2 of 2 seeds"] * 1 + ["beyond the ladder in 2 of 2 seeds |"]
+    assert cells["base-20"] == ["1.00x (1.00 to 1.00)", "1.00x (1.00 to 1.00) |"]
+    assert "To equal loss: what the baseline base takes" in out
+    Path(runs[0].config.out_dir, "alone").unlink()    # one of the baseline's: no seconds for either
+    assert "2.83x" not in command("sweep.py", "--report")[1]
+
+
+def test_a_sweep_without_a_baseline_has_no_such_columns(command):
+    write(baseline=None)
+    for run in t.read_runs("sweep.py"):
+        finish(run, 2.0)
+    assert "equal loss" not in command("sweep.py", "--report")[1]
+
+
+def test_a_run_is_alone_if_nothing_ran_beside_it_from_its_first_step_on(monkeypatch):
+    write(seeds=[1])
+    run = t.read_runs("sweep.py")[0]
+    monkeypatch.setattr(t.subprocess, "Popen", lambda *_, **__: None)
+    alone = Path(run.config.out_dir) / "alone"
+
+    def started(parallel: int) -> bool:
+        t.start(run, 0, parallel)
+        return alone.exists()
+
+    assert started(1) and not started(2) and started(1)
+    (alone.parent / "config.json").write_text("{}")   # it has begun
+    assert started(1) and not started(2) and not started(1), "its first steps shared the machine"
+    run.config.overwrite = True
+    assert started(1)
+
+
+# --- the verdict -----------------------------------------------------------------------------------------------------
+
+
+BASE = [[4.0, 4.2], [2.0, 2.1], [1.0, 1.1]]
+
+
+def test_a_better_idea_is_judged_by_its_paired_differences(command):
+    write(seeds=[1, 2])
+    climb({"router": "top_p"}, BASE, [[2.0, 2.1], [1.0, 1.1], [0.8, 0.89]])
+    code, out, _ = command("judge", "sweep.py", "--router=top_p", "--report")
+    found = judged()
+    small, middle, last = found["rungs"]
+    assert code == 0 and (found["idea"], found["baseline"]) == ("router=top_p", "base")
+    half = 12.71 * 0.01 / math.sqrt(2) / math.sqrt(2)                   # of -0.2 and -0.21: deviation 0.01 / sqrt 2
+    assert last["difference"] == [pytest.approx(-0.205), pytest.approx(half)]
+    assert small["flops_to_equal_loss"] == middle["flops_to_equal_loss"] == [pytest.approx(2)] * 2
+    assert small["seconds_to_equal_loss"] == [pytest.approx(4)] * 2 and last["flops_to_equal_loss"] == [None] * 2
+    assert "router=top_p is better at this scale: -0.2050 ± 0.0636 nats a token after 40 steps, 2 seeds." in out
+    assert "2.00x (2.00 to 2.00)" in out and "4.00x (4.00 to 4.00)" in out and "equal steps (40)" in out
+    assert "router=top_p    0.50           3.0    1.250  yes     none, torch alone" in out
+
+
+@pytest.mark.parametrize("last, says", [
+    ([1.2, 1.3], "is worse at this scale: +0.2000 ± 0.0000"),
+    ([1.1, 1.0], "is not resolved at this scale: -0.0000 ± 1.2710 nats a token after 40 steps, 2 seeds; over 1,000"),
+    ([1.1, 1.3], "is not resolved at this scale: +0.1500 ± 0.6355 nats a token after 40 steps, 2 seeds; 2 more seeds"),
+])
+def test_the_other_verdicts(command, last, says):
+    write(seeds=[1, 2])
+    climb({"aux_coef": 0}, BASE, [[4.0, 4.2], [2.0, 2.1], last])
+    assert says.replace("-0.0000", f"{sum(last) / 2 - 1.05:+.4f}") in command(
+        "judge", "sweep.py", "--aux_coef=0", "--report")[1]
+
+
+def test_an_idea_that_looks_ahead_is_told_so(command):
+    write(seeds=[1, 2])
+    climb({"router": "expert_choice"}, BASE, [[0.5, 0.6]] * 3)
+    out = command("judge", "sweep.py", "--router=expert_choice", "--report")[1]
+    assert "but it is not causal, and its loss may come from looking ahead." in out
+
+
+def test_seconds_of_runs_that_shared_the_machine_are_left_out(command):
+    write(seeds=[1, 2])
+    climb({"aux_coef": 0}, BASE, BASE, alone=False)
+    out = command("judge", "sweep.py", "--aux_coef=0", "--report")[1]
+    assert "left out" in out and not any(one["seconds_to_equal_loss"] for one in judged()["rungs"])
+
+
+def test_a_seed_without_a_result_is_named_and_fewer_than_two_are_no_verdict(command):
+    write(seeds=[1, 2, 3])
+    runs = t.read_judged("sweep.py", {"top_k": 1}, None, 1)
+    for run in runs[:-1]:
+        finish(run, {"base": 2.0}.get(run.group, 2.1))
+    finish(runs[-1], math.nan)
+    code, out, _ = command("judge", "sweep.py", "--top_k=1", "--report")
+    assert code == 0 and "+0.1000 ± 0.0000 nats a token after 40 steps, 2 seeds (without top_k=1-40-s3 div" in out
+    Path(runs[-2].config.out_dir, "result.json").unlink()
+    code, out, _ = command("judge", "sweep.py", "--top_k=1", "--report")
+    assert code == 1 and "top_k=1 is not judged: fewer than two seeds are done (without top_k=1-40-s2 inter" in out
+
+
+def test_an_idea_without_experts_is_judged_too(command):
+    write(seeds=[1, 2])
+    climb({"n_expert": 1, "top_k": 1}, BASE, BASE)
+    for log in Path("out/sweep").glob("top_k*/log.jsonl"):
+        log.write_text('{"ce": 2.0}\n')
+    assert "top_k=1+n_expert=1  no experts" in command("judge", "sweep.py", "--n_expert=1", "--top_k=1", "--report")[1]
+
+
+def test_the_idea_is_every_run_of_the_ladder_in_folders_of_its_own_and_overwrite_is_for_it_alone():
+    write(seeds=[1, 2])
+    runs = t.read_judged("sweep.py", {"aux_coef": 0, "router": "hash", "overwrite": True}, [3, 4], 1)
+    assert [run.name for run in runs[:6]] == [f"base-{n}-s{seed}" for n in (10, 20, 40) for seed in (3, 4)]
+    for base, idea in zip(runs[:6], runs[6:]):
+        name = base.name.replace("base", "aux_coef=0+router=hash")
+        assert (idea.name, idea.config.out_dir) == (name, f"out/sweep/{name}")
+        assert t.differing([base, idea]) == ["router", "aux_coef", "overwrite"] and idea.config.overwrite
+        assert (base.config.seed, base.config.max_steps) == (idea.config.seed, idea.config.max_steps)
+
+
+@pytest.mark.parametrize("says, arguments, file", [
+    ("baseline = 'bass' is no group of its runs, did you mean base?", "sweep.py", dict(baseline="bass")),
+    ("baseline = 3 is no group", "sweep.py", dict(baseline=3)),
+    ("the baseline 'base' needs a ladder, runs of three budgets (FLOPs) or more, and has 1", "sweep.py",
+     dict(runs="[dict(name='a', group='base'), dict(name='b', group='base', router='hash')]")),
+    ("sets no baseline", "judge sweep.py --router=hash", dict(baseline=None)),
+    ("sets no baseline", "judge sweep.py --router=hash", dict(runs=None, baseline=None)),
+    ("run base-10: router = 'hsah'", "judge sweep.py --router=hsah", {}),
+    ("unknown argument --ruoter=hash, did you mean router?", "judge sweep.py --ruoter=hash", {}),
+    ("judge needs an idea", "judge sweep.py", {}), ("judge needs an idea", "judge sweep.py --overwrite", {}),
+    ("the idea router=softmax equals the baseline 'base'", "judge sweep.py --router=softmax --overwrite", {}),
+    ("a verdict needs two seeds", "judge sweep.py --router=hash --seeds=1", {}),
+    ("needs a ladder, runs of three budgets (FLOPs) or more, and has 1", "judge sweep.py --max_steps=30", {}),
+])
+def test_a_mistake_is_one_line_before_anything_is_run(command, says, arguments, file):
+    write(**dict(seeds=[1, 2]) | file)
+    if "runs" in file and file["runs"] is None:
+        Path("sweep.py").write_text("n_layer = 2\n")
+    code, _, err = command(*arguments.split())
+    assert code == 2 and says in err and err.count("\n") == 1, err
+    assert not Path("out").exists()
+
+
+@pytest.mark.slow
+def test_real_runs_are_judged_and_the_same_command_judges_them_again(command):
+    Path("corpus").mkdir()
+    for i in range(40):
+        Path(f"corpus/{i:02d}.txt").write_text(f"def f{i}(x, y): return x + {i} * y\n" * 40)
+    write(seeds=[1, 2])
+    code, out, err = command("judge", "sweep.py", "--router=random")
+    assert code == 0 and "12 runs, 0 of them have a result" in out and "router=random is " in out, err
+    first = judged()
+    assert all(one["seeds"] == [1, 2] for one in first["rungs"])
+    assert first["routing"]["base"]["kernels"] == "Triton's on a GPU" and first["routing"]["router=random"]["entropy"]
+    assert "12 of them have a result" in command("judge", "sweep.py", "--router=random")[1] and judged() == first
