@@ -1863,9 +1863,10 @@ def sentence(judged: dict) -> str:
     measured = f"at this scale: {mean:+.4f} ± {half:.4f} nats a token after {last['steps']:,} steps, {n} seeds{lacking}"
     if abs(mean) <= half:
         return f"not resolved {measured}; {more_seeds(mean, half, n)} more seeds would resolve such a difference"
+    if mean > 0:
+        return f"worse {measured}"
     ahead = judged["routing"][judged["idea"]].get("causal") == "no"
-    caveat = "; but it is not causal, and its loss may come from looking ahead" if ahead else ""
-    return f"{'better' if mean < 0 else 'worse'} {measured}{caveat}"
+    return f"better {measured}" + "; but it is not causal, and its loss may come from looking ahead" * ahead
 
 
 def more_seeds(mean: float, half: float, n: int) -> str:
