@@ -1588,7 +1588,8 @@ def summarise(folder: Path, runs: list[Trial]) -> None:
     groups: dict[str, dict[str, list[dict]]] = {}                          # group -> model -> a row a seed
     for row in rows:
         groups.setdefault(row["group"], {}).setdefault(row["model"], []).append(row)
-    tables = "\n\n".join(ranking(group, models, ladder) for group, models in groups.items())
+    tables = "\n\n".join([*(ranking(group, models, ladder) for group, models in groups.items()),
+                          *[EQUAL_LOSS.format(runs[0].baseline)] * bool(ladder)])
     write_text_file(folder / "summary.md", f"# {folder.name}\n\n{tables}\n")
     draw_summary(folder, groups, runs[0].along)
     print(f"\n{tables}\n\n{folder}/ holds summary.csv, summary.md and summary.png")
@@ -1645,8 +1646,6 @@ def ranking(group: str, models: dict[str, list[dict]], ladder: list[dict]) -> st
         lines.append(f"| {' | '.join(cells)} |")
     if any(len(rows) > 1 for rows in models.values()):
         lines += ["", "Loss: mean ± sample standard deviation over seeds (their number)."]
-    if ladder:
-        lines += ["", EQUAL_LOSS.format(ladder[0]["group"])]
     return "\n".join(lines)
 
 
