@@ -3,16 +3,21 @@
 Runs are made up (`finish` writes what a finished run leaves), except in the test marked slow.
 """
 
+import csv
 import json
 import math
+import random
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 from matplotlib.figure import Figure
 
 import model as m
+import router
 import train as t
 
 ROOT = Path(t.__file__).parent
@@ -121,7 +126,7 @@ def test_a_sweep_with_a_baseline_says_what_each_variant_saves_to_equal_loss(comm
     cells = {line.split(" | ")[1]: line.split(" | ")[-2:] for line in out.splitlines() if line.startswith("| ")}
     root = math.sqrt(2)                               # the loss halfway between 20 and 40 steps, by a run of 20
     assert code == 0 and cells["half"] == [f"{root:.2f}x (1.41 to 1.41)", f"{2 * root:.2f}x (2.83 to 2.83) |"]
-    assert cells["far"] == ["beyond the ladder in 2 of 2 seeds"] * 1 + ["beyond the ladder in 2 of 2 seeds |"]
+    assert cells["far"] == ["beyond the ladder in 2 of 2 seeds", "beyond the ladder in 2 of 2 seeds |"]
     assert cells["base-20"] == ["1.00x (1.00 to 1.00)", "1.00x (1.00 to 1.00) |"]
     assert "To equal loss: what the baseline base takes" in out
     Path(runs[0].config.out_dir, "alone").unlink()    # one of the baseline's: no seconds for either
@@ -190,7 +195,7 @@ def test_an_idea_that_looks_ahead_is_told_so(command):
     write(seeds=[1, 2])
     climb({"router": "expert_choice"}, BASE, [[0.5, 0.6]] * 3)
     out = command("judge", "sweep.py", "--router=expert_choice", "--report")[1]
-    assert "but it is not causal, and its loss may come from looking ahead." in out
+    assert "2 seeds; but it is not causal, and its loss may come from looking ahead." in out
 
 
 def test_seconds_of_runs_that_shared_the_machine_are_left_out(command):
@@ -238,7 +243,7 @@ def test_the_idea_is_every_run_of_the_ladder_in_folders_of_its_own_and_overwrite
     ("the baseline 'base' needs a ladder, runs of three budgets (FLOPs) or more, and has 1", "sweep.py",
      dict(runs="[dict(name='a', group='base'), dict(name='b', group='base', router='hash')]")),
     ("sets no baseline", "judge sweep.py --router=hash", dict(baseline=None)),
-    ("sets no baseline", "judge sweep.py --router=hash", dict(runs=None, baseline=None)),
+    ("sets no baseline", "judge sweep.py --router=hash", dict(runs="", baseline=None)),
     ("run base-10: router = 'hsah'", "judge sweep.py --router=hsah", {}),
     ("unknown argument --ruoter=hash, did you mean router?", "judge sweep.py --ruoter=hash", {}),
     ("judge needs an idea", "judge sweep.py", {}), ("judge needs an idea", "judge sweep.py --overwrite", {}),
@@ -248,11 +253,92 @@ def test_the_idea_is_every_run_of_the_ladder_in_folders_of_its_own_and_overwrite
 ])
 def test_a_mistake_is_one_line_before_anything_is_run(command, says, arguments, file):
     write(**dict(seeds=[1, 2]) | file)
-    if "runs" in file and file["runs"] is None:
-        Path("sweep.py").write_text("n_layer = 2\n")
+    if file.get("runs") == "":
+        Path("sweep.py").write_text("n_layer = 2\n")          # one run, no sweep
     code, _, err = command(*arguments.split())
     assert code == 2 and says in err and err.count("\n") == 1, err
     assert not Path("out").exists()
+
+
+# --- results/judge ---------------------------------------------------------------------------------------------------
+
+
+PAGE = (ROOT / "results/judge/README.md").read_text()
+POLICIES = ("hash", "top_p", "sigmoid", "expert_choice", "random")
+POOL = json.loads((ROOT / "results/judge/pool.json").read_text())
+KEPT = {name: json.loads((ROOT / f"results/judge/{name}.json").read_text()) for name in POLICIES}
+
+
+def rows(head: str) -> dict[str, list[str]]:
+    """A table of the page: the first cell of each row -> the others."""
+    lines = PAGE[PAGE.index(f"| {head} |"):].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+    return {first: others for first, *others in cells}
+
+
+def signed(mean: float, half: float, digits: int = 4) -> str:
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}".replace("-", "−")
+
+
+def test_the_page_has_the_verdicts_of_the_kept_runs():
+    table = rows("idea | flags")
+    assert [*table] == ["softmax", *POLICIES]
+    for name, judged in KEPT.items():
+        last, used = judged["rungs"][-1], judged["routing"][judged["idea"]]
+        mean, half = t.interval([idea - base for base, idea in zip(last["losses"], last["idea_losses"])])
+        assert [mean, half] == pytest.approx(last["difference"]) and len(last["seeds"]) == 6
+        assert judged["idea"] == table[name][0].replace("--", "").replace(" ", "+")
+        assert judged["verdict"].startswith(table[name][-1]) and judged["verdict"] == t.sentence(judged)
+        assert table[name][1:7] == [
+            f"{fmean(last['idea_losses']):.4f}", signed(mean, half), f"{used['max_violation']:.2f}",
+            f"{used['dead_experts']:.1f}", f"{used['entropy']:.2f}", used["causal"]]
+        assert table[name][7] == ("yes" if name in router.FUSED else "no")
+        assert last["losses"] == KEPT["hash"]["rungs"][-1]["losses"] == [*POOL.values()][:6], "one baseline"
+    assert table["softmax"][1] == f"{fmean(last['losses']):.4f}"
+
+
+def test_the_page_has_the_differences_at_each_budget_and_the_compute_to_equal_loss():
+    for name, cells in rows("idea | 100 steps").items():
+        rungs = KEPT[name]["rungs"]
+        assert cells[:3] == [signed(*rung["difference"]) for rung in rungs]
+        for rung, cell in zip(rungs, cells[3:]):
+            assert cell == t.ratio_text(rung["flops_to_equal_loss"])
+            for seed, loss, ratio in zip(rung["seeds"], rung["idea_losses"], rung["flops_to_equal_loss"]):
+                ladder = [(one["flops"], dict(zip(one["seeds"], one["losses"]))[seed]) for one in rungs]
+                cost = t.cost_of(loss, ladder)
+                assert ratio == (cost and pytest.approx(cost / rung["idea_flops"]))
+
+
+def test_the_power_it_claims_is_that_of_the_pool():
+    losses, draw = [*POOL.values()], random.Random(0)
+    assert f"mean loss of {fmean(losses):.4f} and a standard deviation of\n{stdev(losses):.4f}" in PAGE
+    draws = []
+    for _ in range(10_000):
+        drawn = draw.sample(losses, 12)
+        draws.append(t.interval([a - b for a, b in zip(drawn[:6], drawn[6:])]))
+    unresolved = [abs(mean) <= half for mean, half in draws]
+    assert sum(unresolved[:20]) >= 19 and f"{sum(unresolved[:20])} of\nthe first 20 draws" in PAGE
+    assert f"{fmean(unresolved):.1%} of 10,000" in PAGE
+    shift = float(re.search(r"With (\S+) nats added", PAGE)[1])
+    assert fmean(mean + shift > half for mean, half in draws) >= 0.8 > fmean(
+        mean + shift - 0.001 > half for mean, half in draws)
+    for name, half in re.findall(r"`(\w+)`(?: is measured)? to ± ([\d.]+\d)", PAGE):
+        assert f"{KEPT[name]['rungs'][-1]['difference'][1]:.4f}" == half
+
+
+def test_the_slicing_runs_are_judged_by_the_same_interval():
+    for name, (base, *cells) in rows("sweep | baseline").items():
+        losses: dict[str, dict[str, float]] = {}
+        with open(ROOT / f"results/slicing/{name}/summary.csv") as file:
+            for row in csv.DictReader(file):
+                losses.setdefault(row["model"], {})[row["seed"]] = float(row["loss"])
+        said = [re.findall(r"`?([\w.+-]+)`? ([+−][\d.]+ ± [\d.]+)", cell) for cell in cells]
+        assert sum(map(len, said)) == sum(model[:3] == base[:3] or "d32" not in base for model in losses) - 1
+        for kind, variants in zip(("better", "worse", "not resolved"), said):
+            for variant, measured in variants:
+                mean, half = t.interval([losses[variant][seed] - losses[base][seed] for seed in losses[base]])
+                assert measured == signed(mean, half, 3)
+                assert kind == ("not resolved" if abs(mean) <= half else "better" if mean < 0 else "worse")
 
 
 @pytest.mark.slow
