@@ -157,14 +157,16 @@ def optimum(law: Law, E: Array, flops: Array, memory: Array | None = None, kv_to
 # row of weights.
 
 import math
+from itertools import compress
 
 NAMES = Law._fields
 NO_EXPERTS = dict.fromkeys(["delta", "gamma", "omega", "zeta"], 0.0)
+NO_TOKENS = dict.fromkeys(["b", "beta", "omega", "zeta"], 0.0)
 EHAT = {"e_start": Law().e_start, "e_max": Law().e_max}
 FORMS = {                            # name: the coefficients it pins; the others are free
     "joint": {},
     "chinchilla": NO_EXPERTS | EHAT,                                        # one law for each E
-    "clark": dict.fromkeys(["b", "beta", "omega", "zeta", "c"], 0.0),       # Clark 2022: no D
+    "clark": NO_TOKENS | {"c": 0.0},                                        # Clark 2022: no D
     "no_interaction": dict.fromkeys(["gamma", "zeta"], 0.0),
     "expert_count": {"e_start": 1.0, "e_max": math.inf},                    # Ê = E
 }
@@ -188,11 +190,12 @@ def many(theta: Array, axes: int = 1) -> Law:
     return Law(*theta.T.reshape(11, -1, *[1] * axes))
 
 
-STARTS = 24
+STARTS, ROUNDS = 24, 4               # random starts, and how often as many more if few agree
 LINEAR = 0, 4, 8                     # where a, b, c stand in the points p of a Surface
 LOGS = 0, 4, 8, 9                    # where p holds the logarithm of a coefficient
 SIGN = np.array([1, -1, -1, -1] * 2 + [1, 1, 1])                        # and where its negative
-LOW = np.array([-25, -9, -9, -9] * 2 + [-25, math.log(0.05), 0])        # the box of the search
+LEAST = math.log(1e-3)                # the box of the search: no term below 0.001 nats
+LOW = np.array([LEAST, -9, -9, -9] * 2 + [LEAST, math.log(0.05), 0])
 HIGH = np.array([25, 9, 9, 9] * 2 + [3, math.log(50), 0.5])
 
 
@@ -228,11 +231,11 @@ class Surface:
             theta[:, 10] = 1 / theta[:, 10]
         return theta
 
-    def bounds(self, p: Array) -> tuple[Array, Array]:
-        """The box: 1/E_max stays below 0.95/E_start, short of the pole of eq. 6."""
-        high = np.tile(HIGH, (len(p), 1))
+    def bounds(self, p: Array, free: Array) -> tuple[Array, Array]:
+        """The box of the free: 1/E_max stays below 0.95/E_start, short of the pole of eq. 6."""
+        high = np.tile(np.where(free, HIGH, np.inf), (len(p), 1))
         high[:, 10] = np.minimum(high[:, 10], 0.95 * np.exp(-p[:, 9]))
-        return LOW, high
+        return np.where(free, LOW, -np.inf), high
 
     def parts(self, p: Array) -> tuple[Array, Array, Array, tuple]:
         """ln L (S, R); the shares of its three terms (3, S, R); the slopes of the first two's logs
@@ -286,10 +289,10 @@ def minimise(surface: Surface, p: Array, target: Array, weight: Array, delta: fl
     """Minimise huber(ln L - target) from all rows of p at once, by Levenberg-Marquardt.
 
     p (S, 11); target, weight (S, R) or broadcast to it; free (11,): which coefficients move.
-    Returns p and its cost (S,). A row leaves the batch after three idle steps.
+    Returns p and its cost (S,). A row leaves the batch after six idle steps.
     """
     target, weight = (np.broadcast_to(v, (len(p), len(surface.E))) for v in (target, weight))
-    p = np.clip(p, *surface.bounds(p))
+    p = np.clip(p, *surface.bounds(p, free))
     cost = huber(surface.parts(p)[0] - target, weight, delta)
     damping = np.full(len(p), 1e-2)
     idle = np.zeros(len(p), int)
@@ -301,32 +304,32 @@ def minimise(surface: Surface, p: Array, target: Array, weight: Array, delta: fl
         w = np.sqrt(weight[live] * delta / np.maximum(abs(r), delta))
         J *= w[:, None]                                    # Huber as reweighted least squares
         slope = (J @ (w * r)[..., None])[..., 0]
-        stuck = np.clip(here - slope, *surface.bounds(here)) == here    # pushed against a bound
+        stuck = np.clip(here - slope, *surface.bounds(here, free)) == here    # pushed against a bound
         rests = stuck | ~free
         J[rests] = slope[rests] = 0
         H = J @ J.transpose(0, 2, 1)
         diagonal = np.einsum("sii->si", H)                 # a view: adding to it damps H
         diagonal += damping[live, None] * diagonal + 1e-12 * diagonal.max(1, keepdims=True) + 1e-300
         trial = here - np.clip(np.linalg.solve(H, slope[..., None])[..., 0], -2, 2)
-        trial = np.clip(trial, *surface.bounds(trial))
+        trial = np.clip(trial, *surface.bounds(trial, free))
         new = huber(surface.parts(trial)[0] - target[live], weight[live], delta)
         gain = cost[live] - new
         better = gain > 0
-        damping[live] *= np.where(better, 0.2, 4)
+        damping[live] *= np.where(better, 0.2, 10)
         idle[live] = np.where(gain > tol * cost[live], 0, idle[live] + 1)
         p[live[better]] = trial[better]
         cost[live[better]] = new[better]
-        live = np.flatnonzero(idle < 3)
+        live = np.flatnonzero(idle < 6)
         if not len(live):
             break
     return p, cost
 
 
-def random_starts(surface: Surface, base: Law, free: Array) -> Array:
+def random_starts(surface: Surface, base: Law, free: Array, seed: int = 0) -> Array:
     """Starts (24, 11), uniform over exponents that language models have shown, without a, b, c."""
     low = [0, 0.1, 0.0, -0.05, 0, 0.1, -0.3, -0.05, 0, 0.0, 0.0]
     high = [0, 0.4, 0.3, 0.05, 0, 0.4, 0.3, 0.05, 0, math.log(3), 0.02]
-    p = SIGN * np.random.default_rng(0).uniform(low, high, (STARTS, 11))
+    p = SIGN * np.random.default_rng(seed).uniform(low, high, (STARTS, 11))
     return np.where(free, p, surface.centred([base]))
 
 
@@ -339,7 +342,25 @@ class Fit(NamedTuple):
     free: Array                      # (11,): which coefficients were fitted
     delta: float                     # Huber width on ln L
     cost: float
+    starts: int
     agree: float                     # share of the starts that reach the optimum
+
+    def moved(self, p: Array, cost: Array) -> "Fit":
+        """The fit at the point of least cost, p (S, 11)."""
+        best = cost.argmin()
+        law = np.where(self.free, self.surface.coefficients(p[[best]])[0], self.law)
+        return self._replace(law=Law(*law), p=p[best], cost=cost[best])
+
+    def at_bound(self) -> list[str]:
+        """The free coefficients whose p lies on the box: the search would have gone on."""
+        low, high = self.surface.bounds(self.p[None], self.free)
+        on = self.free & ((self.p == low) | (self.p == high[0]))
+        return [f"{name} = {value:.4g}" for name, value in compress(zip(NAMES, self.law), on)]
+
+
+def robust_deviation(residual: Array) -> float:
+    """1.4826 median |r|: the standard deviation of normal residuals, whatever a few outliers do."""
+    return max(1.4826 * np.median(abs(residual)), 7.5e-5)
 
 
 def fit(runs: Runs, pinned: dict = FORMS["joint"], delta: float | None = None) -> Fit:
@@ -351,18 +372,22 @@ def fit(runs: Runs, pinned: dict = FORMS["joint"], delta: float | None = None) -
     free = ~np.isin(NAMES, list(pinned))
     base = Law()._replace(**pinned)
     surface = Surface(runs)
-    p = random_starts(surface, base, free)
-    p = np.where(free, surface.project(p, runs.weight), p)
-    for wide, steps in ((10, 60), (0.1, 30)):
-        p, cost = minimise(surface, p, surface.target, runs.weight, wide, free, steps, 1e-7)
-    if delta is None:
-        residual = surface.parts(p[[cost.argmin()]])[0][0] - surface.target
-        delta = max(1.345 * 1.4826 * np.median(abs(residual[runs.weight > 0])), 1e-4)
-    p, cost = minimise(surface, p, surface.target, runs.weight, delta, free)
-    best = cost.argmin()
-    law = np.where(free, surface.coefficients(p[[best]])[0], base)
-    agree = (cost <= cost[best] * (1 + 1e-6)).mean()
-    return Fit(Law(*law), p[best], surface, free, delta, cost[best], agree)
+    points, costs = np.empty((0, 11)), np.empty(0)
+    for seed in range(ROUNDS):
+        p = random_starts(surface, base, free, seed)
+        p = np.where(free, surface.project(p, runs.weight), p)
+        for wide, steps in ((10, 60), (0.1, 30)):
+            p, cost = minimise(surface, p, surface.target, runs.weight, wide, free, steps, 1e-7)
+        if delta is None:
+            residual = surface.parts(p[[cost.argmin()]])[0][0] - surface.target
+            delta = 1.345 * robust_deviation(residual[runs.weight > 0])
+        p, cost = minimise(surface, p, surface.target, runs.weight, delta, free, 1000)
+        points, costs = np.vstack([points, p]), np.append(costs, cost)
+        reached = costs <= costs.min() * (1 + 1e-6) + 1e-12 * runs.weight.sum()
+        if reached.mean() >= 1 / 3:
+            break
+    start = Fit(base, points[0], surface, free, delta, costs[0], len(costs), reached.mean())
+    return start.moved(points, costs)
 
 
 def refit(fitted: Fit, weight: Array, target: Array) -> Array:
@@ -375,11 +400,22 @@ def refit(fitted: Fit, weight: Array, target: Array) -> Array:
     return np.where(fitted.free, fitted.surface.coefficients(np.vstack(pieces)), fitted.law)
 
 
-def bootstrap(fitted: Fit, runs: Runs, count: int = 1000, seed: int = 0) -> Array:
-    """Coefficients (count, 11) from resampled runs: one taken k times has k times its weight."""
+def bootstrap(fitted: Fit, runs: Runs, count: int = 1000, seed: int = 0) -> tuple[Fit, Array]:
+    """The fit, and coefficients (count, 11) from resampled runs: one taken k times has k times its weight.
+
+    Replicas are starts too: where one leads all runs to a lower cost, the fit moves there, and they are drawn again.
+    """
     kept = runs.weight > 0
     times = np.random.default_rng(seed).multinomial(kept.sum(), kept / kept.sum(), count)
-    return refit(fitted, times * runs.weight, fitted.surface.target)
+    surface = fitted.surface
+    while True:
+        replicas = refit(fitted, times * runs.weight, surface.target)
+        p = surface.centred(replicas)
+        nearest = huber(surface.parts(p)[0] - surface.target, runs.weight, fitted.delta).argsort()[:STARTS]
+        p, cost = minimise(surface, p[nearest], surface.target, runs.weight, fitted.delta, fitted.free, 1000)
+        if cost.min() >= fitted.cost * (1 - 1e-6) - 1e-12 * runs.weight.sum():
+            return fitted, replicas
+        fitted = fitted.moved(p, cost)
 
 
 def rmse(error: Array) -> Array:
@@ -387,9 +423,10 @@ def rmse(error: Array) -> Array:
     return np.sqrt((error**2).mean(-1))
 
 
-def band(values: Array) -> list[float]:
-    """90% interval: the 5% and 95% quantiles of replicas; nan of none."""
-    return np.quantile([*values] or [math.nan], [0.05, 0.95], method="nearest").tolist()
+def band(values: Array, *estimate: float) -> list[float]:
+    """90% interval: the 5% and 95% quantiles of replicas, stretched to the estimate; nan of none."""
+    low, high = np.quantile([*values] or [math.nan], [0.05, 0.95], method="nearest").tolist()
+    return [min(low, *estimate), max(high, *estimate)] if estimate else [low, high]
 
 
 # === Part 3: tools ===============================================================================
@@ -401,7 +438,6 @@ import re
 import shlex
 import sys
 from bisect import bisect_right
-from itertools import compress
 from pathlib import Path
 
 # --- 3a. runs in, tables out ---------------------------------------------------------------------
@@ -552,28 +588,44 @@ def run_tables(args) -> dict:
 # mask (R,) telling its runs.
 
 
+def grouped(values: Array, width: float) -> Array:
+    """Numbers (R,) of groups in rising order: values within `width` of a group's least are one."""
+    group = np.empty(len(values), int)
+    number, start = -1, 0.0
+    for i in values.argsort():
+        if values[i] > start * (1 + width):
+            number, start = number + 1, values[i]
+        group[i] = number
+    return group
+
+
 def fit_form(runs: Runs, form: str, pinned: dict, delta: float | None = None) -> tuple[list, dict]:
-    """The parts of a fit, and the coefficients that too few numbers of experts cannot tell: held
-    at the paper's values. Runs that cannot tell the rest are refused."""
-    pinned = pinned | FORMS[form]
+    """The parts of a fit, and the coefficients that too few token counts (within 2% they are one) or numbers of
+    experts cannot tell: held at 0, or E_start and E_max at the paper's. Runs that cannot tell the rest are refused."""
     parts, held = [], {}
     for E in np.unique(runs.E) if form == "chinchilla" else [None]:
         where = f"E = {E:g}: " if E else ""
         mask = runs.E == E if E else runs.E > 0
         used = runs.take(mask & (runs.weight > 0))
-        sizes, tokens, experts = (len(np.unique(field)) for field in used[:3])
+        sizes, experts = len(np.unique(used.N)), len(np.unique(used.E))
+        tokens = len(set(grouped(used.D, 0.02)))
         unknown = {1: NO_EXPERTS | EHAT, 2: EHAT, 3: {"e_max": Law().e_max}}.get(experts, {})
-        fixed = unknown | pinned
+        set_here = pinned | FORMS[form]
+        if tokens == 1 and not NO_TOKENS.keys() <= set_here.keys():
+            unknown = unknown | NO_TOKENS
+            require(not NO_TOKENS.keys() & pinned.keys(), f"{where}one token count cannot tell the term in D from c: "
+                                                          "pin all of b, beta, omega and zeta, or none")
+        fixed = unknown | set_here
         count = len(NAMES) - len(fixed)
-        require(sizes >= 3,
+        require(sizes >= 3 - len({"a", "alpha", "c"} & pinned.keys()),
                 f"{where}{sizes} value(s) of n_active cannot tell a and alpha from c: train at least 3 sizes")
-        require(tokens >= 3 or form == "clark",
-                f"{where}{tokens} value(s) of tokens cannot tell b, beta, omega and zeta from c: "
-                "train at least 3 token counts, or use --form clark, which has no tokens in it")
+        require(tokens >= 3 - len({"b", "beta", "c"} & pinned.keys()) or NO_TOKENS.keys() <= fixed.keys(),
+                f"{where}{tokens} value(s) of tokens cannot tell b, beta, omega and zeta from c: train at least 3 "
+                "token counts, pin beta or c, or use --form clark, which has no tokens in it")
         require(len(used.L) > count,
                 f"{where}{len(used.L)} runs cannot fix the {count} parameters of form {form}: add "
                 "runs, hold out fewer, or use a form with fewer (--form clark)")
-        held |= {name: value for name, value in unknown.items() if name not in pinned}
+        held |= {name: value for name, value in unknown.items() if name not in set_here}
         parts.append((mask, fit(runs.take(mask), fixed, delta)))
     return parts, held
 
@@ -624,7 +676,7 @@ def per_expert(parts: list[tuple], replicas: list[Array], runs: Runs) -> dict:
     for (mask, fitted), theta in zip(parts, replicas):
         for E in np.unique(runs.E[mask]):
             pairs = zip(TERMS, fitted.law.terms(E), many(theta).terms(E))
-            known[f"{E:g}"] = {name: (value, band(some[:, 0])) for name, value, some in pairs}
+            known[f"{E:g}"] = {name: (value, band(some[:, 0], value)) for name, value, some in pairs}
     return known
 
 
@@ -644,8 +696,16 @@ def run_fit(args) -> dict:
     parts, held = fit_form(runs, args.form, pinned, args.huber)
     if held:
         print(f"note: such runs cannot tell {', '.join(held)}: held at",
-              *(f"{value:g}" for value in held.values()))
-    replicas = [bootstrap(fitted, runs.take(mask), args.bootstrap) for mask, fitted in parts]
+              *(f"{value:g}" for value in held.values()), "(what is 0 is left out)")
+    replicas = []
+    for i, (mask, fitted) in enumerate(parts):
+        fitted, theta = bootstrap(fitted, runs.take(mask), args.bootstrap)
+        parts[i] = mask, fitted
+        replicas.append(theta)
+        if fitted.agree < 1 / 3:
+            print(f"warning: {fitted.agree:.0%} of {fitted.starts} starts reach the optimum: there may be a better one")
+        for said in fitted.at_bound():
+            print(f"warning: {said} lies at the bound of the search: take it for a limit, not for a value")
     known = per_expert(parts, replicas, runs)
     predicted = predict(parts, runs)
     pull = rmse(predict(parts, runs, 1 - np.eye(len(rows))) - predicted)
@@ -664,7 +724,7 @@ def run_fit(args) -> dict:
         "forms": compare_forms(runs, pinned, first.delta, folds)}
     print("form {form}: {starts_agree:.0%} of {0} starts reach the optimum; Huber width {1:.4g}\n"
           "RMSE train {rmse_train:.5f}, held-out {rmse_holdout:.5f} nats ({2})\n".format(
-              STARTS * len(parts), first.delta, args.holdout, **result))
+              sum(fitted.starts for _, fitted in parts), first.delta, args.holdout, **result))
     show(f"The law at each E, with 90% intervals from {args.bootstrap} bootstrap refits",
          [{"E": E} | {name: "{:.4g} [{:.4g}, {:.4g}]".format(value, *interval)
                       for name, (value, interval) in row.items()} for E, row in known.items()])
@@ -680,7 +740,7 @@ def run_fit(args) -> dict:
 def show_coefficients(fitted: Fit, replicas: Array) -> None:
     rows = []
     for name, value, moves, theta in zip(NAMES, fitted.law, fitted.free, replicas.T):
-        low, high = band(theta)
+        low, high = band(theta, value)
         known = "" if high - low < 2 * abs(value) else "NOT IDENTIFIED"
         rows.append({"coefficient": name, "value": value, "90%": (low, high),
                      "": known if moves else "held fixed"})
@@ -703,7 +763,7 @@ def run_simulate(args) -> dict:
         error = fitted.law.loss(*truth[:3]) - truth.L
         row = {"rmse_train": rmse(error[~held]), "rmse_holdout": rmse(error[held]),
                "starts_agree": fitted.agree}
-        for name, values in knowledge(many(bootstrap(fitted, runs, 200, seed))).items():
+        for name, values in knowledge(many(bootstrap(fitted, runs, 200, seed)[1])).items():
             low, high = np.quantile(values, [0.05, 0.95], axis=0)
             row[f"cover_{name}"] = np.mean((low <= known[name]) & (known[name] <= high))
         rows.append(row | {"law": fitted.law})

@@ -366,20 +366,22 @@ def test_a_fit_without_noise_returns_the_law():
     assert np.abs(fitted.law.loss(*runs[:3]) - runs.L).max() < 1e-4
 
 
-def paper_starts(surface, base, free) -> np.ndarray:
+def paper_starts(surface, base, free, seed) -> np.ndarray:
     """The 729 choices of exponents in the paper's 3^9 starts; projection supplies a, b and c."""
     exponents = itertools.product(*[(0.05, 0.25, 0.5)] * 2, *[(-0.5, 0, 0.5)] * 4)
     return surface.centred([(100, alpha, delta, gamma, 100, beta, omega, zeta, 1, base.e_start, base.e_max)
                             for alpha, beta, delta, gamma, omega, zeta in exponents])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_default_starts_reach_what_the_papers_grid_reaches(seed, monkeypatch):
     usual = fit(noisy(seed))
     monkeypatch.setattr(scaling, "random_starts", paper_starts)
+    monkeypatch.setattr(scaling, "ROUNDS", 1)
     grid = fit(noisy(seed), delta=usual.delta)
     assert usual.cost <= grid.cost * (1 + 1e-6)
-    assert usual.agree > 5 * grid.agree > 0
+    assert usual.agree > 1.5 * grid.agree > 0
 
 
 def test_the_published_optimizer_from_the_papers_starts_does_not_beat_our_fit():
@@ -519,6 +521,65 @@ def test_each_rule_holds_out_the_runs_it_names():
     assert largest.sum() == 30 and compute[largest].min() >= compute[~largest].max()
 
 
+# --- real runs ------------------------------------------------------------------------------------------------------
+
+
+def clark(name="clark_2022") -> Path:
+    """Runs of Clark et al. 2022; the column `largest` holds out those of 1.3B parameters."""
+    return ROOT / f"results/law/{name}.csv"
+
+
+def assert_intervals_hold_their_estimates(saved):
+    for E, row in saved["per_expert"].items():
+        for name, value in (row | {"c": saved["c"]}).items():
+            low, high = saved["intervals"][E][name]
+            assert low <= value <= high
+
+
+def test_clarks_checkpoints_converge_and_the_floor_at_its_bound_is_named(tmp_path, capsys):
+    saved = result(tmp_path, "fit", clark("clark_2022_checkpoints"), "--holdout", "column:largest", "--bootstrap", 200)
+    assert "c = 0.001 lies at the bound of the search" in capsys.readouterr().out
+    assert saved["starts_agree"] > 0.9 and saved["rmse_holdout"] == pytest.approx(0.0293, abs=2e-4)
+    assert_intervals_hold_their_estimates(saved)
+
+
+def test_a_replica_that_leads_to_a_lower_cost_moves_the_fit():
+    runs = noisy()
+    fitted = fit(runs)
+    stuck = fitted._replace(p=fitted.p + 0.05, cost=scaling.huber(
+        fitted.surface.parts(fitted.p[None] + 0.05)[0] - fitted.surface.target, runs.weight, fitted.delta)[0])
+    settled, replicas = scaling.bootstrap(stuck, runs, 30)
+    assert settled.cost == pytest.approx(fitted.cost, rel=1e-6)
+    assert np.allclose(settled.law.loss(*runs[:3]), fitted.law.loss(*runs[:3]), atol=1e-5)
+    again = scaling.bootstrap(fitted, runs, 30)[1]
+    assert np.allclose(many(replicas).loss(*runs[:3]), many(again).loss(*runs[:3]), atol=1e-3)
+
+
+def test_where_few_starts_agree_more_are_tried_and_the_share_is_a_warning(tmp_path, capsys, monkeypatch):
+    path, usual = save(tmp_path / "runs.csv", noisy()), scaling.minimise
+
+    def lazy(surface, p, target, weight, delta, free, steps=100, tol=1e-10):
+        return usual(surface, p, target, weight, delta, free, 3, tol)
+    monkeypatch.setattr(scaling, "minimise", lazy)
+    assert run("fit", path, "--bootstrap", 20) == 0
+    assert "of 96 starts reach the optimum: there may be a better one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, joint, clarks", [
+    ("clark_2022", 0.029, 0.042), ("clark_2022_rl_r", 0.030, 0.045), ("clark_2022_hash", 0.027, 0.041)])
+def test_without_its_term_in_d_the_joint_form_beats_clarks_on_clarks_largest_runs(tmp_path, capsys, name, joint, clarks):
+    saved = result(tmp_path, "fit", clark(name), "--holdout", "column:largest", "--bootstrap", 50)
+    assert "cannot tell b, beta, omega, zeta: held at 0 0 0 0" in capsys.readouterr().out
+    assert saved["law"]["b"] == 0 and saved["c"] > 1.5
+    assert saved["rmse_holdout"] == pytest.approx(joint, abs=0.003)
+    of_clark = result(tmp_path, "fit", clark(name), "--holdout", "column:largest", "--bootstrap", 50, "--form", "clark")
+    assert of_clark["rmse_holdout"] == pytest.approx(clarks, abs=0.003)
+
+
+def test_token_counts_within_two_percent_are_one():
+    assert scaling.grouped(np.array([1.31, 1.0, 1.019, 1.021, 1.3]), 0.02).tolist() == [2, 0, 0, 1, 2]
+
+
 # --- the planner and the figures ------------------------------------------------------------------------------------
 
 
@@ -637,9 +698,9 @@ def test_runs_that_cannot_fix_the_law_are_refused_with_the_way_out(tmp_path, cap
     runs = noisy()
     few = save(tmp_path / "few.csv", runs.take(np.arange(270) % 27 == 0))
     assert "runs cannot fix the 11 parameters" in fails(capsys, "fit", few)
-    one_D = save(tmp_path / "one_D.csv", runs.take(runs.D == 2e9))
-    assert "--form clark" in fails(capsys, "fit", one_D)
-    assert run("fit", one_D, "--form", "clark", "--bootstrap", 20) == 0
+    two_D = save(tmp_path / "two_D.csv", runs.take((runs.D == 2e9) | (runs.D == 4e9)))
+    assert "pin beta or c, or use --form clark" in fails(capsys, "fit", two_D)
+    assert run("fit", two_D, "--form", "clark", "--bootstrap", 20) == 0
     capsys.readouterr()
     one_N = save(tmp_path / "one_N.csv", runs.take(runs.N[0] == runs.N))
     assert "cannot tell a and alpha" in fails(capsys, "fit", one_N)
