@@ -445,6 +445,7 @@ from pathlib import Path
 COLUMNS = "n_active", "tokens", "n_expert", "loss"
 TERMS = "m", "mu", "n", "nu", "c"
 NOISE = 0.0062                       # RMSE of the paper's fit on its own runs, nats
+SAME_BUDGET = 0.1                    # FLOPs within 10% of each other are one compute budget
 RUN_LIST = Path(__file__).parent / "results" / "law" / "runs.csv"
 
 
@@ -507,7 +508,8 @@ def hold_out(runs: Runs, rule: str, rows: list[dict] | None = None) -> Runs:
         out = ~np.isin(cells, ["0", "0.0", "false"])
     elif kind in by and value.isdigit():
         out[np.argsort(by[kind], kind="stable")[:int(value)]] = True
-    require(out.any(), f"--holdout {rule} holds out no run: use loss:30, compute:30, column:NAME or kfold:10")
+    require(out.any(), f"--holdout {rule} holds out no run: use loss:30, compute:30, column:NAME, kfold:10 "
+                       "or rolling")
     return runs._replace(weight=np.where(out, 0.0, runs.weight))
 
 
@@ -650,7 +652,25 @@ def held_out_rmse(parts: list[tuple], runs: Runs, folds: int) -> float:
     return rmse(unseen[fold, np.arange(len(fold))] - runs.L)
 
 
-def compare_forms(runs: Runs, pinned: dict, delta: float, folds: int) -> list[dict]:
+def roll(runs: Runs, form: str, pinned: dict, delta: float | None) -> tuple[list[dict], Array]:
+    """Each compute budget predicted by a fit of those below it, the ten largest at most; and all the errors."""
+    budget = grouped(6 * runs.N * runs.D, SAME_BUDGET)
+    rows, errors = [], []
+    for k in range(max(1, budget.max() - 9), budget.max() + 1):
+        known, unseen = runs.take(budget <= k), budget[budget <= k] == k
+        try:
+            parts, _ = fit_form(known._replace(weight=np.where(unseen, 0, known.weight)), form, pinned, delta)
+        except BadInput:
+            continue
+        error = (predict(parts, known) - known.L)[unseen]
+        errors.append(error)
+        rows.append({"budget": (6 * known.N * known.D)[unseen].max(), "runs": len(error), "rmse": rmse(error),
+                     "error at its best run": error[known.L[unseen].argmin()]})
+    require(rows, "--holdout rolling: the runs below a compute budget never suffice for a fit that predicts it")
+    return rows, np.concatenate(errors)
+
+
+def compare_forms(runs: Runs, pinned: dict, delta: float, unseen_rmse) -> list[dict]:
     """Every form at one Huber width; AIC = n ln(2 sum Huber / n) + 2 parameters, from the best."""
     rows = []
     used = runs.weight > 0
@@ -658,16 +678,55 @@ def compare_forms(runs: Runs, pinned: dict, delta: float, folds: int) -> list[di
     for form in FORMS:
         try:
             parts, _ = fit_form(runs, form, pinned, delta)
+            unseen = unseen_rmse(parts, form)
         except BadInput as error:
             print(f"form {form} is left out: {error}")
             continue
         count = sum(fitted.free.sum() for _, fitted in parts)
         cost = max(sum(fitted.cost for _, fitted in parts), 1e-300)
         rows.append({"form": form, "parameters": count, "aic": n * np.log(2 * cost / n) + 2 * count,
-                     "rmse_train": rmse((predict(parts, runs) - runs.L)[used]),
-                     "rmse_holdout": held_out_rmse(parts, runs, folds)})
+                     "rmse_train": rmse((predict(parts, runs) - runs.L)[used]), "rmse_holdout": unseen})
     best = min(row["aic"] for row in rows)
     return [row | {"aic": row["aic"] - best} for row in rows]
+
+
+def near_best(runs: Runs, nats: float) -> Array:
+    """Runs (R,) within so many nats of the best of their compute budget and E."""
+    budget = grouped(runs.N * runs.D, SAME_BUDGET)
+    _, place = np.unique([budget, runs.E], axis=1, return_inverse=True)
+    best = np.full(len(budget), math.inf)
+    np.minimum.at(best, place, runs.L)
+    return best[place] + nats >= runs.L
+
+
+def lack_of_fit(runs: Runs, error: Array, noise: float | None) -> str:
+    """One line: how many times the noise the errors are, along what they lean, and what to do."""
+    if noise is None:
+        _, point, count = np.unique(runs[:3], axis=1, return_inverse=True, return_counts=True)
+        repeats = (count - 1).sum()
+        if not repeats:
+            return "noise unknown: --noise NATS, or runs that repeat a point, would tell it from lack of fit"
+        spread = runs.L - (np.bincount(point, runs.L) / count)[point]
+        noise = math.sqrt((spread**2).sum() / repeats)
+    times = rmse(error) / noise
+    said = f"residuals are {times:.1f} times the noise of {noise:.2g} nats: "
+    if times < 1.5:
+        return said + "the form fits"
+    axes = {"N": np.log(runs.N), "E": np.log(runs.E)}
+    if np.ptp(np.log(runs.D)) > 0.02:
+        axes |= {"D": np.log(runs.D), "D / N": np.log(runs.D / runs.N)}
+    lean = {}                                          # the share of the errors that a parabola along an axis explains
+    for name, x in axes.items():
+        curve = np.vander((x - x.mean()) / max(x.std(), 1e-9), 3)
+        rest = error - curve @ (np.linalg.pinv(curve) @ error)
+        lean[name] = 1 - (rest**2).sum() / (error**2).sum()
+    name = max(lean, key=lean.get)
+    if lean[name] * (len(error) - 3) < 16 * (1 - lean[name]):          # F(3, n - 3) below its 0.1% point
+        return said + "lack of fit along no axis: look for a setting that differs between the runs"
+    advice = {"D / N": "fit only runs near (or nearer) their budget's best, --near 0.06",
+              "E": "try another --form, or fewer numbers of experts"}
+    return said + (f"lack of fit along {name}, a parabola explains {lean[name]:.0%}; "
+                   + advice.get(name, f"leave out the runs of smallest {name}"))
 
 
 def per_expert(parts: list[tuple], replicas: list[Array], runs: Runs) -> dict:
@@ -682,17 +741,23 @@ def per_expert(parts: list[tuple], replicas: list[Array], runs: Runs) -> dict:
 
 def run_fit(args) -> dict:
     """Fit runs and say how far to trust the result."""
-    pinned = {name: value for name in EHAT if (value := getattr(args, name))}
-    start, top = args.e_start or 50, args.e_max or math.inf                # 50: the search's bound
+    pinned = {name: value for name in EHAT if (value := getattr(args, name))} | dict(args.pin)
+    start, top = pinned.get("e_start", 50), pinned.get("e_max", math.inf)       # 50: the search's bound
     require(0.05 <= start <= min(50, 0.95 * top) and top >= 2,
             "--e_start must lie from 0.05 to 50 and 6% below --e_max; --e_max from 2, from 53 when E_start is free")
-    require(not pinned.keys() & FORMS[args.form], f"--form {args.form} sets E_start and E_max itself")
+    for name in pinned.keys() & FORMS[args.form]:
+        raise BadInput(f"--form {args.form} sets {name.replace('e_', 'E_')} itself")
     rows = [row for source in args.sources for row in read_table(Path(source))]
     require(rows, f"{' '.join(args.sources)}: no runs in it")
     runs = runs_of(rows, args.weights)
+    if args.near:
+        keep = near_best(runs, args.near)
+        print(f"--near {args.near:g} keeps {keep.sum()} of {len(keep)} runs")
+        rows, runs = list(compress(rows, keep)), runs.take(keep)
+    rolling = args.holdout == "rolling"
     kfold = re.fullmatch(r"kfold:([2-9]|[1-9]\d+)", args.holdout)
     folds = min(int(kfold[1]), len(rows)) if kfold else 0
-    runs = runs if folds else hold_out(runs, args.holdout, rows)
+    runs = runs if folds or rolling else hold_out(runs, args.holdout, rows)
     parts, held = fit_form(runs, args.form, pinned, args.huber)
     if held:
         print(f"note: such runs cannot tell {', '.join(held)}: held at",
@@ -706,28 +771,45 @@ def run_fit(args) -> dict:
             print(f"warning: {fitted.agree:.0%} of {fitted.starts} starts reach the optimum: there may be a better one")
         for said in fitted.at_bound():
             print(f"warning: {said} lies at the bound of the search: take it for a limit, not for a value")
+
+    def unseen_rmse(parts, form):
+        if rolling:
+            return rmse(roll(runs, form, pinned, args.huber)[1])
+        return held_out_rmse(parts, runs, folds)
     known = per_expert(parts, replicas, runs)
     predicted = predict(parts, runs)
+    used = runs.weight > 0
+    residual = np.log(runs.L / predicted)
+    deviations = residual / robust_deviation(residual[used])
+    far = used & (abs(deviations) > 5)
     pull = rmse(predict(parts, runs, 1 - np.eye(len(rows))) - predicted)
-    table = records(**dict(zip(COLUMNS, runs)), predicted=predicted, pull=pull,
+    table = records(**dict(zip(COLUMNS, runs)), predicted=predicted, pull=pull, deviations=deviations,
                     source=[row["source"] for row in rows])
     first = parts[0][1]
     result = {
         "form": args.form,
         "per_expert": {E: {name: row[name][0] for name in TERMS[:4]} for E, row in known.items()},
         "c": first.law.c if len(parts) == 1 else {E: row["c"][0] for E, row in known.items()},
-        "rmse_train": rmse((predicted - runs.L)[runs.weight > 0]),
-        "rmse_holdout": held_out_rmse(parts, runs, folds),
+        "rmse_train": rmse((predicted - runs.L)[used]),
+        "rmse_holdout": unseen_rmse(parts, args.form),
         "runs": table,
         "intervals": {E: {name: row[name][1] for name in TERMS} for E, row in known.items()},
         "starts_agree": np.mean([fitted.agree for _, fitted in parts]),
-        "forms": compare_forms(runs, pinned, first.delta, folds)}
+        "lack_of_fit": lack_of_fit(runs.take(used & ~far), (runs.L - predicted)[used & ~far], args.noise),
+        "forms": compare_forms(runs, pinned, first.delta, unseen_rmse)}
     print("form {form}: {starts_agree:.0%} of {0} starts reach the optimum; Huber width {1:.4g}\n"
-          "RMSE train {rmse_train:.5f}, held-out {rmse_holdout:.5f} nats ({2})\n".format(
+          "RMSE train {rmse_train:.5f}, held-out {rmse_holdout:.5f} nats ({2})\n{lack_of_fit}\n".format(
               sum(fitted.starts for _, fitted in parts), first.delta, args.holdout, **result))
     show(f"The law at each E, with 90% intervals from {args.bootstrap} bootstrap refits",
          [{"E": E} | {name: "{:.4g} [{:.4g}, {:.4g}]".format(value, *interval)
                       for name, (value, interval) in row.items()} for E, row in known.items()])
+    if far.any():
+        furthest = sorted(compress(table, far), key=lambda row: -abs(row["deviations"]))
+        show(f"{len(furthest)} runs lie over 5 robust deviations off; the furthest", furthest[:10])
+        result["without_outliers"] = without(runs._replace(weight=np.where(far, 0, runs.weight)), known, args, pinned)
+    if rolling:
+        result["rolling"], _ = roll(runs, args.form, pinned, args.huber)
+        show("Each compute budget predicted from those below it, nats", result["rolling"])
     if len(parts) == 1:                                # several laws share no coefficients to save
         result |= {"law": first.law._asdict(), "draws": replicas[0]}
         show_coefficients(first, replicas[0])
@@ -735,6 +817,21 @@ def run_fit(args) -> dict:
     show("The runs that pull hardest: RMS change of all predictions when one is left out",
          sorted(table, key=lambda row: -row["pull"])[:5])
     return result
+
+
+def without(runs: Runs, known: dict, args, pinned: dict) -> dict | None:
+    """The law at each E without the outliers, beside `known` with them."""
+    try:
+        parts, _ = fit_form(runs, args.form, pinned, args.huber)
+    except BadInput as error:
+        print(f"no law without them: {error}\n")
+        return None
+    laws = {f"{E:g}": dict(zip(TERMS, fitted.law.terms(E)))
+            for mask, fitted in parts for E in np.unique(runs.E[mask])}
+    show("The law with them | without them",
+         [{"E": E} | {name: f"{known[E][name][0]:.4g} | {value:.4g}" for name, value in law.items()}
+          for E, law in laws.items()])
+    return laws
 
 
 def show_coefficients(fitted: Fit, replicas: Array) -> None:
@@ -749,13 +846,15 @@ def show_coefficients(fitted: Fit, replicas: Array) -> None:
 
 def run_simulate(args) -> dict:
     """Noisy losses from the paper's law on its runs, fitted with the 30 lowest held out."""
-    truth = hold_out(paper_runs(), "loss:30")
+    truth = paper_runs()
+    ratio = np.log(truth.D / truth.N)
+    truth = hold_out(truth._replace(L=truth.L + args.curve * (ratio - ratio.mean())**2), "loss:30")
     held = truth.weight == 0
 
     def knowledge(law):
         predictions = law.loss(*truth.take(held)[:3])
         return dict(zip(TERMS, law.terms(EXPERTS)), prediction=predictions)
-    known = knowledge(Law())
+    known = {"prediction": truth.L[held]} if args.curve else knowledge(Law())      # a curved law has other terms
     rows = []
     for seed in range(args.draws):
         runs = with_noise(truth, seed, outliers=args.outliers)
@@ -763,8 +862,9 @@ def run_simulate(args) -> dict:
         error = fitted.law.loss(*truth[:3]) - truth.L
         row = {"rmse_train": rmse(error[~held]), "rmse_holdout": rmse(error[held]),
                "starts_agree": fitted.agree}
-        for name, values in knowledge(many(bootstrap(fitted, runs, 200, seed)[1])).items():
-            low, high = np.quantile(values, [0.05, 0.95], axis=0)
+        replicas = knowledge(many(bootstrap(fitted, runs, 200, seed)[1]))
+        for name in known:
+            low, high = np.quantile(replicas[name], [0.05, 0.95], axis=0)
             row[f"cover_{name}"] = np.mean((low <= known[name]) & (known[name] <= high))
         rows.append(row | {"law": fitted.law})
     mean = {key: np.mean([row[key] for row in rows]) for key in row}       # row: all but the law
@@ -1010,6 +1110,19 @@ def plain(text: str) -> float:
     return value
 
 
+def pin(text: str) -> tuple[str, float]:
+    """A coefficient and its value: c=1.6."""
+    name, _, value = text.partition("=")
+    require(name in NAMES, f"{text!r} is not NAME=VALUE with one of {', '.join(NAMES)}")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    least = 0 if name in ("a", "b", "c", "e_start", "e_max") else -math.inf
+    require(least <= number < math.inf or (name, number) == ("e_max", math.inf), f"{text!r} is no value of {name}")
+    return name, number
+
+
 def whole(text: str) -> int:
     require(plain(text) % 1 == 0, f"{text!r} is not a whole number from 1")
     return int(plain(text))
@@ -1029,11 +1142,17 @@ FLAGS = {                            # flag: the verbs that take it, how it is r
     "--e_start": ("fit tables", {"type": plain}, "hold E_start here (default: free; in tables 2.0732, as printed)"),
     "--e_max": ("fit", {"type": plain}, "hold E_max here (default: free)"),
     "--weights": ("fit", {"metavar": "COLUMN"}, "column of weights (default: equal)"),
-    "--holdout": ("fit", {"default": "kfold:10"}, "loss:30 (lowest), compute:30 (largest), column:NAME, kfold:10"),
+    "--pin": ("fit", {"type": pin, "action": "append", "default": [], "metavar": "NAME=VALUE"},
+              "hold any coefficient: c=1.6; may be given again"),
+    "--near": ("fit", {"type": plain}, "only runs within so many nats of the best of their compute budget and E"),
+    "--noise": ("fit", {"type": plain}, "spread of repeated runs in nats (default: of those that repeat a point)"),
+    "--holdout": ("fit", {"default": "kfold:10"},
+                  "loss:30 (lowest), compute:30 (largest), column:NAME, kfold:10, rolling (each budget by those below)"),
     "--huber": ("fit", {"type": plain}, "Huber width on ln L (default 1.345 robust deviations; the paper's is 0.01)"),
     "--bootstrap": ("fit", {"type": whole, "default": 1000}, "refits behind the intervals (default %(default)s)"),
     "--draws": ("simulate", {"type": whole, "default": 20}, "noise draws (default %(default)s)"),
     "--outliers": ("simulate", {"type": share, "default": 0.0}, "share of runs made 0.05 nats worse (default 0)"),
+    "--curve": ("simulate", {"type": plain, "default": 0.0}, "bend the law by as much (ln D/N - mean)^2 (default 0)"),
     "--flops": (BUDGETS, {"type": plain, "required": True}, "compute budget: training, and inference if any"),
     "--memory": (BUDGETS, {"type": quantity}, "80GB; for optimum also parameters, 5B; for plan that of one GPU"),
     "--inference_tokens": (BUDGETS, {"type": plain, "default": 0.0}, "tokens to infer within --flops (default 0)"),

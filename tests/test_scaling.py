@@ -497,6 +497,7 @@ def test_fit_reports_intervals_forms_pulls_and_what_is_not_identified(tmp_path, 
     assert {row["form"] for row in saved["forms"]} == set(FORMS)
     assert min(saved["forms"], key=lambda row: row["aic"])["form"] == "joint"
     assert len(saved["draws"]) == 200 and len(saved["runs"]) == 270 and all(run["pull"] >= 0 for run in saved["runs"])
+    assert "noise unknown" in saved["lack_of_fit"]
     assert run("optimum", "--flops", "1e21", "--law", law) == 0
 
 
@@ -567,7 +568,7 @@ def test_where_few_starts_agree_more_are_tried_and_the_share_is_a_warning(tmp_pa
 
 @pytest.mark.parametrize("name, joint, clarks", [
     ("clark_2022", 0.029, 0.042), ("clark_2022_rl_r", 0.030, 0.045), ("clark_2022_hash", 0.027, 0.041)])
-def test_without_its_term_in_d_the_joint_form_beats_clarks_on_clarks_largest_runs(tmp_path, capsys, name, joint, clarks):
+def test_without_its_term_in_d_the_joint_form_beats_clarks_on_the_largest_runs(tmp_path, capsys, name, joint, clarks):
     saved = result(tmp_path, "fit", clark(name), "--holdout", "column:largest", "--bootstrap", 50)
     assert "cannot tell b, beta, omega, zeta: held at 0 0 0 0" in capsys.readouterr().out
     assert saved["law"]["b"] == 0 and saved["c"] > 1.5
@@ -578,6 +579,118 @@ def test_without_its_term_in_d_the_joint_form_beats_clarks_on_clarks_largest_run
 
 def test_token_counts_within_two_percent_are_one():
     assert scaling.grouped(np.array([1.31, 1.0, 1.019, 1.021, 1.3]), 0.02).tolist() == [2, 0, 0, 1, 2]
+
+
+def isoflop(seed=0) -> Runs:
+    """A dense law at nine budgets, each at D / N up to 30 times off its optimum, where the runs leave the law."""
+    law = Law(482, 0.348, 0, 0, 2085, 0.366, 0, 0, 1.817)
+    flops, off = np.repeat(np.geomspace(1e18, 1e22, 9), 11), np.tile(np.linspace(-3.4, 3.4, 11), 9)
+    N = optimum(law, 1, flops)[0] * np.exp(off / 2)
+    D = flops / (6 * N)
+    noise = np.random.default_rng(seed).normal(0, 0.003, len(N))
+    return Runs(N, D, np.ones(99), law.loss(N, D, 1) + 0.012 * off**2 + noise, np.ones(99))
+
+
+def test_runs_far_from_their_budgets_optimum_are_told_from_noise_and_near_mends_the_prediction(tmp_path, capsys):
+    runs = isoflop()
+    path = save(tmp_path / "iso.csv", runs, last=(runs.N * runs.D > 1e21).astype(int))
+    options = "--noise", 0.003, "--bootstrap", 50, "--holdout"
+    every = result(tmp_path, "fit", path, *options, "column:last")
+    assert "lack of fit along D / N" in every["lack_of_fit"] and "--near 0.06" in every["lack_of_fit"]
+    assert "lack of fit along D / N" in capsys.readouterr().out
+    near = result(tmp_path, "fit", path, *options, "column:last", "--near", 0.06)
+    assert "--near 0.06 keeps 41 of 99 runs" in capsys.readouterr().out
+    assert near["rmse_holdout"] < 0.015 < 0.05 < every["rmse_holdout"]
+    low, high = every["intervals"]["1"]["c"]
+    assert not low < 1.817 < high and near["c"] == pytest.approx(1.817, abs=0.01)
+    past = [result(tmp_path, "fit", path, *options, "rolling", *more)["rolling"] for more in ((), ("--near", 0.06))]
+    every, near = (np.mean([abs(row["error at its best run"]) for row in rows]) for rows in past)
+    assert near < 0.02 < 0.06 < every                       # the past alone makes the choice
+
+
+def test_near_is_measured_from_the_best_run_of_a_budget_and_a_number_of_experts():
+    N, L = np.array([1.0, 1.05, 2, 9, 1]), np.array([2.0, 2.05, 2.07, 2.5, 3])
+    runs = Runs(N, 1e9 / np.array([1, 1, 2, 1, 1.0]), np.array([1, 1, 1, 1, 4.0]), L, np.ones(5))
+    assert scaling.near_best(runs, 0.06).tolist() == [True, True, False, True, True]
+
+
+def test_rolling_predicts_a_budget_from_those_below_it_alone():
+    runs = isoflop()
+    rows, errors = scaling.roll(runs, "joint", {}, None)
+    budget = np.repeat(np.arange(9), 11)
+    parts, _ = scaling.fit_form(runs.take(budget < 8), "joint", {})
+    last = runs.take(budget == 8)
+    error = parts[0][1].law.loss(*last[:3]) - last.L
+    assert np.allclose(errors[-11:], error, atol=1e-6) and rows[-1]["rmse"] == pytest.approx(scaling.rmse(error))
+    assert rows[-1]["error at its best run"] == pytest.approx(error[last.L.argmin()]) and len(errors) == 11 * len(rows)
+    with pytest.raises(scaling.BadInput, match="never suffice"):
+        scaling.roll(runs.take(budget < 1), "joint", {}, None)
+
+
+def test_five_far_runs_are_named_and_the_law_without_them_is_the_true_one(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    N, D = 10 ** rng.uniform([[7.6], [9]], [[10.2], [11.5]], (2, 245))
+    L = (482 * N**-0.348 + 2085 * D**-0.366 + 1.817) * np.exp(rng.normal(0, 0.004, 245))
+    worst = L.argsort()[-5:]
+    L[worst] *= np.exp(rng.uniform(0.06, 0.12, 5))
+    path = save(tmp_path / "runs.csv", Runs(N, D, np.ones(245), L, np.ones(245)))
+    saved = result(tmp_path, "fit", path, "--bootstrap", 50, "--huber", 0.1)
+    out = capsys.readouterr().out
+    assert "5 runs lie over 5 robust deviations off" in out and "The law with them | without them" in out
+    far = [i for i, row in enumerate(saved["runs"]) if abs(row["deviations"]) > 5]
+    assert far == sorted(worst)
+    without = saved["without_outliers"]["1"]
+    for name, true in (("mu", 0.348), ("nu", 0.366), ("c", 1.817)):
+        known = (saved["per_expert"]["1"] | {"c": saved["c"]})[name]
+        assert abs(without[name] - true) < 0.01 and abs(without[name] - true) < abs(known - true)
+
+
+@pytest.mark.parametrize("axis, advice", [
+    ("N", "smallest N"), ("D", "smallest D"), ("D / N", "--near"), ("E", "--form"), (None, "along no axis")])
+def test_lack_of_fit_names_the_axis_that_the_errors_lean_along(axis, advice):
+    runs = paper_runs()
+    along = {"N": runs.N, "D": runs.D, "D / N": runs.D / runs.N, "E": runs.E}
+    noise = np.random.default_rng(0).normal(0, 0.003, 270)
+    x = np.log(along[axis]) if axis else noise
+    error = 0.01 * ((x - x.mean())**2 - x.var()) + noise * (1 if axis else 3)
+    said = scaling.lack_of_fit(runs, error, 0.003)
+    assert advice in said and (axis is None or f"lack of fit along {axis}, a parabola" in said)
+    assert scaling.lack_of_fit(runs, noise, 0.003).endswith("1.0 times the noise of 0.003 nats: the form fits")
+
+
+def test_the_noise_is_the_spread_of_runs_that_repeat_a_point():
+    runs = paper_runs()
+    twice = Runs(*(np.concatenate([field, field]) for field in runs))
+    error = np.random.default_rng(0).normal(0, 0.004, 540)
+    noise = scaling.rmse(error[:270] - error[270:]) / math.sqrt(2)
+    said = scaling.lack_of_fit(twice._replace(L=twice.L + error), error, None)
+    assert f"1.0 times the noise of {noise:.2g} nats" in said and noise == pytest.approx(0.004, rel=0.1)
+    assert "noise unknown" in scaling.lack_of_fit(runs, error[:270], None)
+
+
+def test_any_coefficient_can_be_pinned_and_a_pin_stands_in_for_a_missing_size(tmp_path, capsys):
+    runs = noisy()
+    path = save(tmp_path / "runs.csv", runs)
+    saved = result(tmp_path, "fit", path, "--bootstrap", 20, "--pin", "c=1.6", "--pin", "gamma=0", "--e_max", 290)
+    assert [saved["law"][name] for name in ("c", "gamma", "e_max")] == [1.6, 0, 290]
+    two_D = save(tmp_path / "two_D.csv", runs.take((runs.D == 2e9) | (runs.D == 4e9)))
+    assert run("fit", two_D, "--bootstrap", 20, "--pin", "beta=0.18") == 0
+    for bad, said in (("c", "no value of c"), ("d=1", "NAME=VALUE with one of a, alpha"), ("c=-1", "no value of c"),
+                      ("b=x", "no value of b"), ("alpha=nan", "no value of alpha"), ("e_start=60", "0.05 to 50")):
+        capsys.readouterr()
+        assert said in fails(capsys, "fit", path, "--pin", bad)
+    assert "sets gamma itself" in fails(capsys, "fit", path, "--form", "no_interaction", "--pin", "gamma=0.1")
+    assert "pin all of b, beta, omega and zeta" in fails(capsys, "fit", clark(), "--pin", "beta=0.2")
+
+
+def test_on_a_law_that_bends_the_intervals_cover_less_and_the_committed_coverage_comes_out_again(tmp_path, capsys):
+    committed = json.loads((ROOT / "results/law/recovery_curved.json").read_text())
+    curve = committed["command"].partition("--curve ")[2].split()[0]
+    saved = result(tmp_path, "simulate", "--draws", 3, "--curve", curve)
+    for ours, theirs in zip(saved["draws"], committed["draws"]):
+        assert ours["rmse_holdout"] == pytest.approx(theirs["rmse_holdout"], rel=1e-3)
+        assert ours["cover_prediction"] == pytest.approx(theirs["cover_prediction"], abs=0.1)
+    assert 0.3 < committed["mean"]["cover"] < 0.8
 
 
 # --- the planner and the figures ------------------------------------------------------------------------------------
