@@ -1147,7 +1147,7 @@ FLAGS = {                            # flag: the verbs that take it, how it is r
     "--near": ("fit", {"type": plain}, "only runs within so many nats of the best of their compute budget and E"),
     "--noise": ("fit", {"type": plain}, "spread of repeated runs in nats (default: of those that repeat a point)"),
     "--holdout": ("fit", {"default": "kfold:10"},
-                  "loss:30 (lowest), compute:30 (largest), column:NAME, kfold:10, rolling (each budget by those below)"),
+                  "loss:30 (lowest), compute:30 (largest), column:NAME, kfold:10, rolling (a budget by those below)"),
     "--huber": ("fit", {"type": plain}, "Huber width on ln L (default 1.345 robust deviations; the paper's is 0.01)"),
     "--bootstrap": ("fit", {"type": whole, "default": 1000}, "refits behind the intervals (default %(default)s)"),
     "--draws": ("simulate", {"type": whole, "default": 20}, "noise draws (default %(default)s)"),

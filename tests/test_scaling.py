@@ -690,7 +690,25 @@ def test_on_a_law_that_bends_the_intervals_cover_less_and_the_committed_coverage
     for ours, theirs in zip(saved["draws"], committed["draws"]):
         assert ours["rmse_holdout"] == pytest.approx(theirs["rmse_holdout"], rel=1e-3)
         assert ours["cover_prediction"] == pytest.approx(theirs["cover_prediction"], abs=0.1)
-    assert 0.3 < committed["mean"]["cover"] < 0.8
+    page = " ".join((ROOT / "results/law/README.md").read_text().split())
+    straight = json.loads((ROOT / "results/law/recovery.json").read_text())["mean"]["cover_prediction"]
+    assert f"cover {straight:.0%} of them" in page and f"they cover {committed['mean']['cover']:.0%} (" in page
+    ratio = np.log(paper_runs().D / paper_runs().N)
+    assert f"{curve} (ln D/N - mean)^2, {np.std(float(curve) * (ratio - ratio.mean())**2):.4f} nats RMS" in page
+    for row in json.loads((ROOT / "results/law/bootstrap_kinds.json").read_text())["rows"]:
+        ours, *others = (kind["cover"] for kind in list(row.values())[2:])
+        assert ours >= max(others)
+
+
+def test_the_page_of_the_law_tells_what_the_figure_of_clarks_runs_shows():
+    routers = json.loads((ROOT / "results/law/clark_2022.json").read_text())
+    joint, clarks = ([routers[name][form]["rmse_holdout"] for name in ("S-Base", "RL-R", "Hash")]
+                     for form in ("joint", "clark"))
+    page = " ".join((ROOT / "results/law/README.md").read_text().split())
+    assert "RMSE of {:.3f} (S-Base), {:.3f} (RL-R) and {:.3f} nats (Hash)".format(*joint) in page
+    assert "which has no c, {:.3f}, {:.3f} and {:.3f}, too low".format(*clarks) in page
+    for name, count in (("clark_2022", 53), ("clark_2022_rl_r", 54), ("clark_2022_hash", 51)):
+        assert len(scaling.read_table(clark(name))) == 5 + count and f"5 dense, {count}" in page
 
 
 # --- the planner and the figures ------------------------------------------------------------------------------------
@@ -762,9 +780,9 @@ def close(ours, theirs) -> bool:
 def test_every_figure_comes_with_the_data_that_is_committed_beside_it(tmp_path):
     done = subprocess.run([sys.executable, "results/law/draw.py", tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("1a", "1b", "2", "3", "5", "6"):
-        assert (tmp_path / f"figure_{name}.png").stat().st_size > 10_000
-        ours, theirs = (json.loads((folder / f"figure_{name}.json").read_text())
+    for name in (*(f"figure_{number}" for number in ("1a", "1b", "2", "3", "5", "6")), "clark_2022"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        ours, theirs = (json.loads((folder / f"{name}.json").read_text())
                         for folder in (tmp_path, ROOT / "results" / "law"))
         assert theirs["shows"] and close(ours, theirs), name
 

@@ -1,4 +1,4 @@
-"""The paper's Figures 1a, 1b, 2, 3, 5 and 6, redrawn from the joint law; bands are 90%.
+"""The paper's Figures 1a, 1b, 2, 3, 5 and 6, redrawn from the joint law, bands are 90%; and real runs: clark_2022.
 
     python results/law/draw.py                           into this folder
     python results/law/draw.py out/law --law law.json    elsewhere, from a law of scaling.py fit
@@ -166,9 +166,43 @@ def figure_6(panels: Array, laws: Array) -> dict:
     return {"flops": flops, "lines": lines}
 
 
+def clark_2022(panels: Array, laws: Array) -> dict:
+    """Final losses of Clark et al. 2022 against E at each size (points), the joint form without its term in D fitted to
+    all but the largest size (lines), and that size predicted (crosses: held out; dotted: Clark's own form)."""
+    routers = {}
+    for axes, (router, name) in zip(panels, CLARK.items()):
+        rows = scaling.read_table(Path(__file__).parent / f"{name}.csv")
+        runs = scaling.hold_out(scaling.runs_of(rows), "column:largest", rows)
+        held = runs.weight == 0
+        E = np.geomspace(1, 512, 60)
+        data = runs._asdict()
+        for form in ("joint", "clark"):
+            parts, _ = scaling.fit_form(runs, form, {})
+            predicted = scaling.predict(parts, runs)
+            data[form] = {"law": parts[0][1].law._asdict(), "predicted": predicted,
+                          "rmse_holdout": scaling.rmse((predicted - runs.L)[held])}
+        joint, clark = (Law(**data[form]["law"]) for form in ("joint", "clark"))
+        for N, colour in zip(np.unique(runs.N), COLOURS):
+            some = runs.N == N
+            axes.plot(E, joint.loss(N, runs.D[0], E), color=colour)
+            axes.plot(runs.E[some], runs.L[some], "x" if held[some].any() else "o", color=colour,
+                      markersize=4, label=f"{N / 1e6:,.0f}M")
+        axes.plot(E, clark.loss(N, runs.D[0], E), ":", color=colour)        # of the last size, the one held out
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([1, 8, 64, 512], ["dense", "8", "64", "512"])
+        errors = [data[form]["rmse_holdout"] for form in ("joint", "clark")]
+        axes.set(xlabel="experts", title="{}: held out {:.3f} nats (dotted {:.3f})".format(router, *errors))
+        routers[router] = data
+    panels[0].set_ylabel("validation loss (nats per token)")
+    panels[0].legend(ncol=3, loc="upper right", fontsize=7)
+    return routers
+
+
+CLARK = {"S-Base": "clark_2022", "RL-R": "clark_2022_rl_r", "Hash": "clark_2022_hash"}
 FIGURES = {                          # drawing function: rows and columns of panels, size in inches
     figure_1a: (1, 1, (5.2, 3.9)), figure_1b: (1, 1, (4.8, 3.5)), figure_2: (1, 3, (9.6, 3.3)),
-    figure_3: (1, 3, (9.6, 3.2)), figure_5: (2, 1, (4.6, 4.8)), figure_6: (1, 1, (4.8, 3.5))}
+    figure_3: (1, 3, (9.6, 3.2)), figure_5: (2, 1, (4.6, 4.8)), figure_6: (1, 1, (4.8, 3.5)),
+    clark_2022: (1, 3, (10.8, 3.6))}
 
 
 def main(argv: list[str]) -> int:
