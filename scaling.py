@@ -586,8 +586,7 @@ def run_tables(args) -> dict:
 
 
 # --- 3b. fitting your own runs, and how far to trust it ------------------------------------------
-# A fit of form "chinchilla" has one law for each E, so a fit is a list of parts: (mask, Fit), the
-# mask (R,) telling its runs.
+# A fit of form "chinchilla" has one law for each E, so a fit is a list of parts: (mask (R,), Fit).
 
 
 def grouped(values: Array, width: float) -> Array:
@@ -609,25 +608,23 @@ def fit_form(runs: Runs, form: str, pinned: dict, delta: float | None = None) ->
         where = f"E = {E:g}: " if E else ""
         mask = runs.E == E if E else runs.E > 0
         used = runs.take(mask & (runs.weight > 0))
-        sizes, experts = len(np.unique(used.N)), len(np.unique(used.E))
-        tokens = len(set(grouped(used.D, 0.02)))
+        sizes, tokens, experts = len(np.unique(used.N)), len(set(grouped(used.D, 0.02))), len(np.unique(used.E))
         unknown = {1: NO_EXPERTS | EHAT, 2: EHAT, 3: {"e_max": Law().e_max}}.get(experts, {})
-        set_here = pinned | FORMS[form]
-        if tokens == 1 and not NO_TOKENS.keys() <= set_here.keys():
+        given = pinned | FORMS[form]
+        if tokens == 1 and not NO_TOKENS.keys() <= given.keys():
             unknown = unknown | NO_TOKENS
             require(not NO_TOKENS.keys() & pinned.keys(), f"{where}one token count cannot tell the term in D from c: "
                                                           "pin all of b, beta, omega and zeta, or none")
-        fixed = unknown | set_here
+        fixed = unknown | given
         count = len(NAMES) - len(fixed)
-        require(sizes >= 3 - len({"a", "alpha", "c"} & pinned.keys()),
-                f"{where}{sizes} value(s) of n_active cannot tell a and alpha from c: train at least 3 sizes")
+        require(sizes >= 3 - len({"a", "alpha", "c"} & pinned.keys()), f"{where}{sizes} value(s) of n_active cannot "
+                "tell a and alpha from c: train at least 3 sizes, or pin alpha or c")
         require(tokens >= 3 - len({"b", "beta", "c"} & pinned.keys()) or NO_TOKENS.keys() <= fixed.keys(),
                 f"{where}{tokens} value(s) of tokens cannot tell b, beta, omega and zeta from c: train at least 3 "
                 "token counts, pin beta or c, or use --form clark, which has no tokens in it")
-        require(len(used.L) > count,
-                f"{where}{len(used.L)} runs cannot fix the {count} parameters of form {form}: add "
-                "runs, hold out fewer, or use a form with fewer (--form clark)")
-        held |= {name: value for name, value in unknown.items() if name not in set_here}
+        require(len(used.L) > count, f"{where}{len(used.L)} runs cannot fix the {count} parameters of form {form}: "
+                "add runs, hold out fewer, or use a form with fewer (--form clark)")
+        held |= {name: value for name, value in unknown.items() if name not in given}
         parts.append((mask, fit(runs.take(mask), fixed, delta)))
     return parts, held
 
@@ -653,21 +650,58 @@ def held_out_rmse(parts: list[tuple], runs: Runs, folds: int) -> float:
 
 
 def roll(runs: Runs, form: str, pinned: dict, delta: float | None) -> tuple[list[dict], Array]:
-    """Each compute budget predicted by a fit of those below it, the ten largest at most; and all the errors."""
-    budget = grouped(6 * runs.N * runs.D, SAME_BUDGET)
+    """Each compute budget (the ten largest at most) predicted by a fit of those below it; and all the errors."""
+    flops = 6 * runs.N * runs.D
+    budget = grouped(flops, SAME_BUDGET)
     rows, errors = [], []
     for k in range(max(1, budget.max() - 9), budget.max() + 1):
-        known, unseen = runs.take(budget <= k), budget[budget <= k] == k
+        unseen = budget == k
         try:
-            parts, _ = fit_form(known._replace(weight=np.where(unseen, 0, known.weight)), form, pinned, delta)
+            past = runs._replace(weight=np.where(unseen, 0, runs.weight)).take(budget <= k)
+            parts, _ = fit_form(past, form, pinned, delta)
         except BadInput:
             continue
-        error = (predict(parts, known) - known.L)[unseen]
-        errors.append(error)
-        rows.append({"budget": (6 * known.N * known.D)[unseen].max(), "runs": len(error), "rmse": rmse(error),
-                     "error at its best run": error[known.L[unseen].argmin()]})
+        error = (predict(parts, past) - past.L)[unseen[budget <= k]]
+        errors.extend(error)
+        rows.append({"budget": flops[unseen].max(), "runs": len(error), "rmse": rmse(error),
+                     "error at its best run": error[runs.L[unseen].argmin()]})
     require(rows, "--holdout rolling: the runs below a compute budget never suffice for a fit that predicts it")
-    return rows, np.concatenate(errors)
+    return rows, np.array(errors)
+
+
+def near_best(runs: Runs, nats: float) -> Array:
+    """Runs (R,) within so many nats of the best of their compute budget and E."""
+    _, place = np.unique([grouped(runs.N * runs.D, SAME_BUDGET), runs.E], axis=1, return_inverse=True)
+    best = np.full(len(place), math.inf)
+    np.minimum.at(best, place, runs.L)
+    return best[place] + nats >= runs.L
+
+
+def lack_of_fit(runs: Runs, error: Array, noise: float | None) -> str:
+    """One line: how many times the noise the errors are, along what they lean, and what to do."""
+    if noise is None:
+        _, point, count = np.unique(runs[:3], axis=1, return_inverse=True, return_counts=True)
+        spread = runs.L - (np.bincount(point, runs.L) / count)[point]
+        repeats = len(point) - len(count)
+        if not repeats:
+            return "noise unknown: --noise NATS, or runs that repeat a point, would tell it from lack of fit"
+        noise = math.sqrt((spread**2).sum() / repeats)
+    times = rmse(error) / noise
+    said = f"residuals are {times:.1f} times the noise of {noise:.2g} nats: "
+    if times < 1.5:
+        return said + "the form fits"
+    lean = {"": 0.0}                                   # the share of the errors that a parabola along an axis explains
+    for name, values in (("N", runs.N), ("D", runs.D), ("D / N", runs.D / runs.N), ("E", runs.E)):
+        x = np.log(values / values.mean())
+        if len(set(grouped(values, 0.02))) > 2:        # rounded, as with one D the axes N and D / N are one: N
+            lean[name] = round(1 - rmse(error - np.polyval(np.polyfit(x, error, 2), x))**2 / rmse(error)**2, 6)
+    axis = max(lean, key=lean.get)
+    if lean[axis] * (len(error) - 3) < 16 * (1 - lean[axis]):          # F(3, n - 3) below its 0.1% point
+        return said + "lack of fit along no axis: look for a setting that differs between the runs"
+    mend = {"D / N": "fit only runs near (or nearer) their budget's best, --near 0.06",
+            "E": "try another --form, or fewer numbers of experts"}
+    return (f"{said}lack of fit along {axis}, a parabola explains {lean[axis]:.0%}; "
+            + mend.get(axis, f"leave out the runs of smallest {axis}"))
 
 
 def compare_forms(runs: Runs, pinned: dict, delta: float, unseen_rmse) -> list[dict]:
@@ -690,45 +724,6 @@ def compare_forms(runs: Runs, pinned: dict, delta: float, unseen_rmse) -> list[d
     return [row | {"aic": row["aic"] - best} for row in rows]
 
 
-def near_best(runs: Runs, nats: float) -> Array:
-    """Runs (R,) within so many nats of the best of their compute budget and E."""
-    budget = grouped(runs.N * runs.D, SAME_BUDGET)
-    _, place = np.unique([budget, runs.E], axis=1, return_inverse=True)
-    best = np.full(len(budget), math.inf)
-    np.minimum.at(best, place, runs.L)
-    return best[place] + nats >= runs.L
-
-
-def lack_of_fit(runs: Runs, error: Array, noise: float | None) -> str:
-    """One line: how many times the noise the errors are, along what they lean, and what to do."""
-    if noise is None:
-        _, point, count = np.unique(runs[:3], axis=1, return_inverse=True, return_counts=True)
-        repeats = (count - 1).sum()
-        if not repeats:
-            return "noise unknown: --noise NATS, or runs that repeat a point, would tell it from lack of fit"
-        spread = runs.L - (np.bincount(point, runs.L) / count)[point]
-        noise = math.sqrt((spread**2).sum() / repeats)
-    times = rmse(error) / noise
-    said = f"residuals are {times:.1f} times the noise of {noise:.2g} nats: "
-    if times < 1.5:
-        return said + "the form fits"
-    axes = {"N": np.log(runs.N), "E": np.log(runs.E)}
-    if np.ptp(np.log(runs.D)) > 0.02:
-        axes |= {"D": np.log(runs.D), "D / N": np.log(runs.D / runs.N)}
-    lean = {}                                          # the share of the errors that a parabola along an axis explains
-    for name, x in axes.items():
-        curve = np.vander((x - x.mean()) / max(x.std(), 1e-9), 3)
-        rest = error - curve @ (np.linalg.pinv(curve) @ error)
-        lean[name] = 1 - (rest**2).sum() / (error**2).sum()
-    name = max(lean, key=lean.get)
-    if lean[name] * (len(error) - 3) < 16 * (1 - lean[name]):          # F(3, n - 3) below its 0.1% point
-        return said + "lack of fit along no axis: look for a setting that differs between the runs"
-    advice = {"D / N": "fit only runs near (or nearer) their budget's best, --near 0.06",
-              "E": "try another --form, or fewer numbers of experts"}
-    return said + (f"lack of fit along {name}, a parabola explains {lean[name]:.0%}; "
-                   + advice.get(name, f"leave out the runs of smallest {name}"))
-
-
 def per_expert(parts: list[tuple], replicas: list[Array], runs: Runs) -> dict:
     """{E: {m, mu, n, nu, c: (value, 90% interval)}}: known, whatever single coefficients do."""
     known = {}
@@ -739,14 +734,14 @@ def per_expert(parts: list[tuple], replicas: list[Array], runs: Runs) -> dict:
     return known
 
 
-def run_fit(args) -> dict:
-    """Fit runs and say how far to trust the result."""
+def fit_input(args) -> tuple[Runs, list[dict], dict, int]:
+    """The runs that `fit` is asked to use, their rows, the pinned coefficients, and the number of folds."""
     pinned = {name: value for name in EHAT if (value := getattr(args, name))} | dict(args.pin)
     start, top = pinned.get("e_start", 50), pinned.get("e_max", math.inf)       # 50: the search's bound
     require(0.05 <= start <= min(50, 0.95 * top) and top >= 2,
             "--e_start must lie from 0.05 to 50 and 6% below --e_max; --e_max from 2, from 53 when E_start is free")
     for name in pinned.keys() & FORMS[args.form]:
-        raise BadInput(f"--form {args.form} sets {name.replace('e_', 'E_')} itself")
+        raise BadInput(f"--form {args.form} sets {name} itself")
     rows = [row for source in args.sources for row in read_table(Path(source))]
     require(rows, f"{' '.join(args.sources)}: no runs in it")
     runs = runs_of(rows, args.weights)
@@ -754,33 +749,36 @@ def run_fit(args) -> dict:
         keep = near_best(runs, args.near)
         print(f"--near {args.near:g} keeps {keep.sum()} of {len(keep)} runs")
         rows, runs = list(compress(rows, keep)), runs.take(keep)
-    rolling = args.holdout == "rolling"
     kfold = re.fullmatch(r"kfold:([2-9]|[1-9]\d+)", args.holdout)
     folds = min(int(kfold[1]), len(rows)) if kfold else 0
-    runs = runs if folds or rolling else hold_out(runs, args.holdout, rows)
+    return runs if folds or args.holdout == "rolling" else hold_out(runs, args.holdout, rows), rows, pinned, folds
+
+
+def run_fit(args) -> dict:
+    """Fit runs and say how far to trust the result."""
+    runs, rows, pinned, folds = fit_input(args)
     parts, held = fit_form(runs, args.form, pinned, args.huber)
     if held:
         print(f"note: such runs cannot tell {', '.join(held)}: held at",
               *(f"{value:g}" for value in held.values()), "(what is 0 is left out)")
-    replicas = []
-    for i, (mask, fitted) in enumerate(parts):
-        fitted, theta = bootstrap(fitted, runs.take(mask), args.bootstrap)
-        parts[i] = mask, fitted
-        replicas.append(theta)
+    drawn = [bootstrap(fitted, runs.take(mask), args.bootstrap) for mask, fitted in parts]
+    parts = [(mask, fitted) for (mask, _), (fitted, _) in zip(parts, drawn)]
+    replicas = [theta for _, theta in drawn]
+    for _, fitted in parts:
         if fitted.agree < 1 / 3:
             print(f"warning: {fitted.agree:.0%} of {fitted.starts} starts reach the optimum: there may be a better one")
         for said in fitted.at_bound():
             print(f"warning: {said} lies at the bound of the search: take it for a limit, not for a value")
 
     def unseen_rmse(parts, form):
-        if rolling:
+        if args.holdout == "rolling":
             return rmse(roll(runs, form, pinned, args.huber)[1])
         return held_out_rmse(parts, runs, folds)
     known = per_expert(parts, replicas, runs)
     predicted = predict(parts, runs)
     used = runs.weight > 0
-    residual = np.log(runs.L / predicted)
-    deviations = residual / robust_deviation(residual[used])
+    deviations = np.log(runs.L / predicted)
+    deviations /= robust_deviation(deviations[used])
     far = used & (abs(deviations) > 5)
     pull = rmse(predict(parts, runs, 1 - np.eye(len(rows))) - predicted)
     table = records(**dict(zip(COLUMNS, runs)), predicted=predicted, pull=pull, deviations=deviations,
@@ -804,10 +802,8 @@ def run_fit(args) -> dict:
          [{"E": E} | {name: "{:.4g} [{:.4g}, {:.4g}]".format(value, *interval)
                       for name, (value, interval) in row.items()} for E, row in known.items()])
     if far.any():
-        furthest = sorted(compress(table, far), key=lambda row: -abs(row["deviations"]))
-        show(f"{len(furthest)} runs lie over 5 robust deviations off; the furthest", furthest[:10])
-        result["without_outliers"] = without(runs._replace(weight=np.where(far, 0, runs.weight)), known, args, pinned)
-    if rolling:
+        result["without_outliers"] = show_outliers(table, far, runs, known, pinned, args)
+    if args.holdout == "rolling":
         result["rolling"], _ = roll(runs, args.form, pinned, args.huber)
         show("Each compute budget predicted from those below it, nats", result["rolling"])
     if len(parts) == 1:                                # several laws share no coefficients to save
@@ -819,15 +815,16 @@ def run_fit(args) -> dict:
     return result
 
 
-def without(runs: Runs, known: dict, args, pinned: dict) -> dict | None:
-    """The law at each E without the outliers, beside `known` with them."""
+def show_outliers(table: list[dict], far: Array, runs: Runs, known: dict, pinned: dict, args) -> dict | None:
+    """The runs `far` (R,) off, and the law at each E without them beside the one with them, `known`."""
+    furthest = sorted(compress(table, far), key=lambda row: -abs(row["deviations"]))
+    show(f"{len(furthest)} runs lie over 5 robust deviations off; the furthest", furthest[:10])
     try:
-        parts, _ = fit_form(runs, args.form, pinned, args.huber)
+        parts, _ = fit_form(runs._replace(weight=np.where(far, 0, runs.weight)), args.form, pinned, args.huber)
     except BadInput as error:
         print(f"no law without them: {error}\n")
         return None
-    laws = {f"{E:g}": dict(zip(TERMS, fitted.law.terms(E)))
-            for mask, fitted in parts for E in np.unique(runs.E[mask])}
+    laws = {f"{E:g}": dict(zip(TERMS, fitted.law.terms(E))) for mask, fitted in parts for E in np.unique(runs.E[mask])}
     show("The law with them | without them",
          [{"E": E} | {name: f"{known[E][name][0]:.4g} | {value:.4g}" for name, value in law.items()}
           for E, law in laws.items()])

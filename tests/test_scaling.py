@@ -862,7 +862,7 @@ def test_bad_holdouts_and_fixed_values_are_refused(tmp_path, capsys):
     assert "below --e_max" in fails(capsys, "fit", path, "--e_start", 9, "--e_max", 3)
     assert "0.05 to 50" in fails(capsys, "fit", path, "--e_start", 60)        # beyond the box the fit would move it
     assert "from 53" in fails(capsys, "fit", path, "--e_max", 20)
-    assert "sets E_start" in fails(capsys, "fit", path, "--e_max", 90, "--form", "expert_count")
+    assert "sets e_max itself" in fails(capsys, "fit", path, "--e_max", 90, "--form", "expert_count")
 
 
 def test_a_law_without_tokens_has_no_optimum(tmp_path, capsys):
