@@ -143,25 +143,21 @@ def optimum(law: Law, E: Array, flops: Array, memory: Array | None = None, kv_to
 
 
 # === Part 2: the fit, and why it is fast =========================================================
-# The paper minimises Huber(ln L_predicted - ln L_observed) by L-BFGS from 19,683 starts, one after
-# the other. Here:
-#   variable projection   For given exponents a, b, c enter linearly: each start begins at its best
-#                         a, b, c, a solve of three unknowns; 19,683 starts would become 729.
-#   centring              In x = ln N - mean, y = ln D - mean, z = ln Ê - mean, changing one
-#                         parameter no longer calls for changing all others. The map is one to one,
-#                         and most random starts reach the optimum, so 24 are plenty.
-#   all starts at once    Levenberg-Marquardt, of second order, with the analytic Jacobian
-#                         (S, 11, R) of all S starts in one batch. The Huber width shrinks
-#                         10 -> 0.1 -> target: bad starts first see least squares.
-# Bootstrap, cross-validation and leave-one-out are one more such call: a replica of the runs is a
-# row of weights.
+# The paper minimises Huber(ln L_predicted - ln L_observed) by L-BFGS from 19,683 starts, one after the other. Here:
+#   variable projection   For given exponents a, b, c enter linearly: each start begins at its best a, b, c, a solve
+#                         of three unknowns; 19,683 starts would become 729.
+#   centring              In x = ln N - mean, y = ln D - mean, z = ln Ê - mean, changing one parameter no longer calls
+#                         for changing all others. Most random starts reach the optimum, so 24 are plenty.
+#   all starts at once    Levenberg-Marquardt with the analytic Jacobian (S, 11, R) of all S starts in one batch. The
+#                         Huber width shrinks 10 -> 0.1 -> target: bad starts first see least squares.
+# Bootstrap, cross-validation and leave-one-out are one more such call: a replica of the runs is a row of weights.
 
 import math
 from itertools import compress
 
 NAMES = Law._fields
-NO_EXPERTS = dict.fromkeys(["delta", "gamma", "omega", "zeta"], 0.0)
-NO_TOKENS = dict.fromkeys(["b", "beta", "omega", "zeta"], 0.0)
+NO_EXPERTS = dict.fromkeys(("delta", "gamma", "omega", "zeta"), 0.0)
+NO_TOKENS = dict.fromkeys(("b", "beta", "omega", "zeta"), 0.0)
 EHAT = {"e_start": Law().e_start, "e_max": Law().e_max}
 FORMS = {                            # name: the coefficients it pins; the others are free
     "joint": {},
@@ -172,9 +168,7 @@ FORMS = {                            # name: the coefficients it pins; the other
 }
 
 
-class Runs(NamedTuple):
-    """Training runs, each field (R,)."""
-
+class Runs(NamedTuple):              # training runs, each field (R,)
     N: Array
     D: Array
     E: Array
@@ -201,7 +195,6 @@ HIGH = np.array([25, 9, 9, 9] * 2 + [3, math.log(50), 0.5])
 
 class Surface:
     """ln L of R runs, and its Jacobian, at S points p (S, 11) in centred coordinates:
-
     L = exp(p0 + p1 x + p2 z + p3 x z) + exp(p4 + p5 y + p6 z + p7 y z) + exp(p8)
     x, y, z = ln N, ln D, ln Ê, less the runs' means; Ê has p9 = ln E_start, p10 = 1/E_max
     """
@@ -238,8 +231,7 @@ class Surface:
         return np.where(free, LOW, -np.inf), high
 
     def parts(self, p: Array) -> tuple[Array, Array, Array, tuple]:
-        """ln L (S, R); the shares of its three terms (3, S, R); the slopes of the first two's logs
-        in z; and z with its derivatives by p9 and p10."""
+        """ln L (S, R); the shares of its three terms (3, S, R); the first two logs' slopes in z; z, dz/dp9, dz/dp10."""
         x, y = self.sizes
         p = p[..., None]
         q = np.exp(-p[:, 9]) - p[:, 10]
@@ -248,8 +240,7 @@ class Surface:
         k = (rest * q) ** -2
         z = -np.log(inverse) - self.z
         by_z = p[:, 2] + p[:, 3] * x, p[:, 6] + p[:, 7] * y
-        logs = np.stack([p[:, 0] + p[:, 1] * x + by_z[0] * z, p[:, 4] + p[:, 5] * y + by_z[1] * z,
-                         p[:, 8] + 0 * z])
+        logs = np.stack([p[:, 0] + p[:, 1] * x + by_z[0] * z, p[:, 4] + p[:, 5] * y + by_z[1] * z, p[:, 8] + 0 * z])
         top = logs.max(0)                                               # or a start overflows
         shares = np.exp(logs - top)
         total = shares.sum(0)
@@ -261,9 +252,8 @@ class Surface:
         value, (first, second, floor), by_z, (z, z9, z10) = self.parts(p)
         slope = first * by_z[0] + second * by_z[1]
         x, y = self.sizes
-        return value, np.stack([
-            first, first * x, first * z, first * x * z, second, second * y, second * z,
-            second * y * z, floor, slope * z9, slope * z10], 1)
+        return value, np.stack([first, first * x, first * z, first * x * z, second, second * y, second * z,
+                                second * y * z, floor, slope * z9, slope * z10], 1)
 
     def project(self, p: Array, weight: Array) -> Array:
         """Variable projection: p with the a, b, c > 0 of least relative error for its exponents."""
@@ -286,10 +276,9 @@ def huber(r: Array, weight: Array, delta: float) -> Array:
 
 def minimise(surface: Surface, p: Array, target: Array, weight: Array, delta: float, free: Array,
              steps: int = 100, tol: float = 1e-10) -> tuple[Array, Array]:
-    """Minimise huber(ln L - target) from all rows of p at once, by Levenberg-Marquardt.
+    """Minimise huber(ln L - target) from all rows of p (S, 11) at once; returns p and its cost (S,).
 
-    p (S, 11); target, weight (S, R) or broadcast to it; free (11,): which coefficients move.
-    Returns p and its cost (S,). A row leaves the batch after six idle steps.
+    target, weight (S, R) or broadcast to it; free (11,): which coefficients move. Six idle steps end a row.
     """
     target, weight = (np.broadcast_to(v, (len(p), len(surface.E))) for v in (target, weight))
     p = np.clip(p, *surface.bounds(p, free))
@@ -344,12 +333,13 @@ class Fit(NamedTuple):
     cost: float
     starts: int
     agree: float                     # share of the starts that reach the optimum
+    replicas: Array                  # (S, 11): laws refitted to resampled runs; before a bootstrap the law alone
 
     def moved(self, p: Array, cost: Array) -> "Fit":
         """The fit at the point of least cost, p (S, 11)."""
         best = cost.argmin()
-        law = np.where(self.free, self.surface.coefficients(p[[best]])[0], self.law)
-        return self._replace(law=Law(*law), p=p[best], cost=cost[best])
+        law = np.where(self.free, self.surface.coefficients(p[[best]]), self.law)
+        return self._replace(law=Law(*law[0]), p=p[best], cost=cost[best], replicas=law)
 
     def at_bound(self) -> list[str]:
         """The free coefficients whose p lies on the box: the search would have gone on."""
@@ -364,11 +354,8 @@ def robust_deviation(residual: Array) -> float:
 
 
 def fit(runs: Runs, pinned: dict = FORMS["joint"], delta: float | None = None) -> Fit:
-    """Fit to all runs of positive weight the coefficients that are not `pinned`.
-
-    delta None: 1.345 robust standard deviations of the residuals, at which Huber keeps 95% of the
-    efficiency of least squares. The paper's 0.01 is about four: it feels outliers.
-    """
+    """Fit to all runs of positive weight the coefficients that are not `pinned`. delta None: 1.345 robust deviations
+    of the residuals, at which Huber keeps 95% of the efficiency of least squares; the paper's 0.01 is about four."""
     free = ~np.isin(NAMES, list(pinned))
     base = Law()._replace(**pinned)
     surface = Surface(runs)
@@ -386,35 +373,31 @@ def fit(runs: Runs, pinned: dict = FORMS["joint"], delta: float | None = None) -
         reached = costs <= costs.min() * (1 + 1e-6) + 1e-12 * runs.weight.sum()
         if reached.mean() >= 1 / 3:
             break
-    start = Fit(base, points[0], surface, free, delta, costs[0], len(costs), reached.mean())
-    return start.moved(points, costs)
+    return Fit(base, p[0], surface, free, delta, cost[0], len(costs), reached.mean(), p).moved(points, costs)
 
 
 def refit(fitted: Fit, weight: Array, target: Array) -> Array:
     """Coefficients (S, 11) refitted from the optimum, one replica a row of weight or target (S, R)."""
     weight, target = np.broadcast_arrays(np.atleast_2d(weight), target)
     count = -(-weight.size // 100_000)                 # pieces that fit a cache, whatever S is
-    pieces = [minimise(fitted.surface, np.tile(fitted.p, (len(w), 1)), t, w, fitted.delta,
-                       fitted.free, tol=1e-8)[0]
+    pieces = [minimise(fitted.surface, np.tile(fitted.p, (len(w), 1)), t, w, fitted.delta, fitted.free, tol=1e-8)[0]
               for t, w in zip(np.array_split(target, count), np.array_split(weight, count))]
     return np.where(fitted.free, fitted.surface.coefficients(np.vstack(pieces)), fitted.law)
 
 
-def bootstrap(fitted: Fit, runs: Runs, count: int = 1000, seed: int = 0) -> tuple[Fit, Array]:
-    """The fit, and coefficients (count, 11) from resampled runs: one taken k times has k times its weight.
-
-    Replicas are starts too: where one leads all runs to a lower cost, the fit moves there, and they are drawn again.
-    """
+def bootstrap(fitted: Fit, runs: Runs, count: int = 1000, seed: int = 0) -> Fit:
+    """The fit with replicas (count, 11) from resampled runs: one taken k times has k times its weight. Replicas are
+    starts too: where one leads all runs to a lower cost, the fit moves there, and they are refitted from it."""
     kept = runs.weight > 0
     times = np.random.default_rng(seed).multinomial(kept.sum(), kept / kept.sum(), count)
-    surface = fitted.surface
+    surface, delta = fitted.surface, fitted.delta
     while True:
         replicas = refit(fitted, times * runs.weight, surface.target)
-        p = surface.centred(replicas)
-        nearest = huber(surface.parts(p)[0] - surface.target, runs.weight, fitted.delta).argsort()[:STARTS]
-        p, cost = minimise(surface, p[nearest], surface.target, runs.weight, fitted.delta, fitted.free, 1000)
+        p = surface.centred(replicas[:200])
+        nearest = huber(surface.parts(p)[0] - surface.target, runs.weight, delta).argsort()[:STARTS]
+        p, cost = minimise(surface, p[nearest], surface.target, runs.weight, delta, fitted.free, 1000)
         if cost.min() >= fitted.cost * (1 - 1e-6) - 1e-12 * runs.weight.sum():
-            return fitted, replicas
+            return fitted._replace(replicas=replicas)
         fitted = fitted.moved(p, cost)
 
 
@@ -471,8 +454,8 @@ def read_table(path: Path) -> list[dict]:
             table = csv.DictReader(file)
             return [dict(row, source=f"{path} line {table.line_num}") for row in table]
     except (OSError, ValueError, TypeError, csv.Error) as error:
-        said = f"{path} cannot be read as a CSV or a result.json of train.py: {type(error).__name__}"
-        raise BadInput(said) from None
+        kind = type(error).__name__
+        raise BadInput(f"{path} cannot be read as a CSV or a result.json of train.py: {kind}") from None
 
 
 def column(rows: list[dict], name: str) -> Array:
@@ -508,8 +491,7 @@ def hold_out(runs: Runs, rule: str, rows: list[dict] | None = None) -> Runs:
         out = ~np.isin(cells, ["0", "0.0", "false"])
     elif kind in by and value.isdigit():
         out[np.argsort(by[kind], kind="stable")[:int(value)]] = True
-    require(out.any(), f"--holdout {rule} holds out no run: use loss:30, compute:30, column:NAME, kfold:10 "
-                       "or rolling")
+    require(out.any(), f"--holdout {rule} holds out no run: use loss:30, compute:30, column:NAME, kfold:10, rolling")
     return runs._replace(weight=np.where(out, 0.0, runs.weight))
 
 
@@ -682,10 +664,9 @@ def lack_of_fit(runs: Runs, error: Array, noise: float | None) -> str:
     if noise is None:
         _, point, count = np.unique(runs[:3], axis=1, return_inverse=True, return_counts=True)
         spread = runs.L - (np.bincount(point, runs.L) / count)[point]
-        repeats = len(point) - len(count)
-        if not repeats:
-            return "noise unknown: --noise NATS, or runs that repeat a point, would tell it from lack of fit"
-        noise = math.sqrt((spread**2).sum() / repeats)
+        noise = math.sqrt((spread**2).sum() / max(len(point) - len(count), 1))
+    if noise < 1e-9:
+        return "noise unknown: --noise NATS, or runs that repeat a point, would tell it from lack of fit"
     times = rmse(error) / noise
     said = f"residuals are {times:.1f} times the noise of {noise:.2g} nats: "
     if times < 1.5:
@@ -724,12 +705,12 @@ def compare_forms(runs: Runs, pinned: dict, delta: float, unseen_rmse) -> list[d
     return [row | {"aic": row["aic"] - best} for row in rows]
 
 
-def per_expert(parts: list[tuple], replicas: list[Array], runs: Runs) -> dict:
+def per_expert(parts: list[tuple], runs: Runs) -> dict:
     """{E: {m, mu, n, nu, c: (value, 90% interval)}}: known, whatever single coefficients do."""
     known = {}
-    for (mask, fitted), theta in zip(parts, replicas):
+    for mask, fitted in parts:
         for E in np.unique(runs.E[mask]):
-            pairs = zip(TERMS, fitted.law.terms(E), many(theta).terms(E))
+            pairs = zip(TERMS, fitted.law.terms(E), many(fitted.replicas).terms(E))
             known[f"{E:g}"] = {name: (value, band(some[:, 0], value)) for name, value, some in pairs}
     return known
 
@@ -761,9 +742,7 @@ def run_fit(args) -> dict:
     if held:
         print(f"note: such runs cannot tell {', '.join(held)}: held at",
               *(f"{value:g}" for value in held.values()), "(what is 0 is left out)")
-    drawn = [bootstrap(fitted, runs.take(mask), args.bootstrap) for mask, fitted in parts]
-    parts = [(mask, fitted) for (mask, _), (fitted, _) in zip(parts, drawn)]
-    replicas = [theta for _, theta in drawn]
+    parts = [(mask, bootstrap(fitted, runs.take(mask), args.bootstrap)) for mask, fitted in parts]
     for _, fitted in parts:
         if fitted.agree < 1 / 3:
             print(f"warning: {fitted.agree:.0%} of {fitted.starts} starts reach the optimum: there may be a better one")
@@ -774,7 +753,7 @@ def run_fit(args) -> dict:
         if args.holdout == "rolling":
             return rmse(roll(runs, form, pinned, args.huber)[1])
         return held_out_rmse(parts, runs, folds)
-    known = per_expert(parts, replicas, runs)
+    known = per_expert(parts, runs)
     predicted = predict(parts, runs)
     used = runs.weight > 0
     deviations = np.log(runs.L / predicted)
@@ -807,8 +786,8 @@ def run_fit(args) -> dict:
         result["rolling"], _ = roll(runs, args.form, pinned, args.huber)
         show("Each compute budget predicted from those below it, nats", result["rolling"])
     if len(parts) == 1:                                # several laws share no coefficients to save
-        result |= {"law": first.law._asdict(), "draws": replicas[0]}
-        show_coefficients(first, replicas[0])
+        result |= {"law": first.law._asdict(), "draws": first.replicas}
+        show_coefficients(first)
     show("The forms side by side; AIC from the best", result["forms"])
     show("The runs that pull hardest: RMS change of all predictions when one is left out",
          sorted(table, key=lambda row: -row["pull"])[:5])
@@ -824,20 +803,18 @@ def show_outliers(table: list[dict], far: Array, runs: Runs, known: dict, pinned
     except BadInput as error:
         print(f"no law without them: {error}\n")
         return None
-    laws = {f"{E:g}": dict(zip(TERMS, fitted.law.terms(E))) for mask, fitted in parts for E in np.unique(runs.E[mask])}
-    show("The law with them | without them",
-         [{"E": E} | {name: f"{known[E][name][0]:.4g} | {value:.4g}" for name, value in law.items()}
-          for E, law in laws.items()])
+    laws = {E: {name: value for name, (value, _) in row.items()} for E, row in per_expert(parts, runs).items()}
+    show("The law with them | without them", [{"E": E} | {
+        name: f"{known[E][name][0]:.4g} | {value:.4g}" for name, value in law.items()} for E, law in laws.items()])
     return laws
 
 
-def show_coefficients(fitted: Fit, replicas: Array) -> None:
+def show_coefficients(fitted: Fit) -> None:
     rows = []
-    for name, value, moves, theta in zip(NAMES, fitted.law, fitted.free, replicas.T):
+    for name, value, moves, theta in zip(NAMES, fitted.law, fitted.free, fitted.replicas.T):
         low, high = band(theta, value)
         known = "" if high - low < 2 * abs(value) else "NOT IDENTIFIED"
-        rows.append({"coefficient": name, "value": value, "90%": (low, high),
-                     "": known if moves else "held fixed"})
+        rows.append({"coefficient": name, "value": value, "90%": (low, high), "": known if moves else "held fixed"})
     show("Its coefficients; not identified where the interval is wider than twice the value", rows)
 
 
@@ -857,9 +834,8 @@ def run_simulate(args) -> dict:
         runs = with_noise(truth, seed, outliers=args.outliers)
         fitted = fit(runs)
         error = fitted.law.loss(*truth[:3]) - truth.L
-        row = {"rmse_train": rmse(error[~held]), "rmse_holdout": rmse(error[held]),
-               "starts_agree": fitted.agree}
-        replicas = knowledge(many(bootstrap(fitted, runs, 200, seed)[1]))
+        row = {"rmse_train": rmse(error[~held]), "rmse_holdout": rmse(error[held]), "starts_agree": fitted.agree}
+        replicas = knowledge(many(bootstrap(fitted, runs, 200, seed).replicas))
         for name in known:
             low, high = np.quantile(replicas[name], [0.05, 0.95], axis=0)
             row[f"cover_{name}"] = np.mean((low <= known[name]) & (known[name] <= high))
@@ -896,10 +872,9 @@ def chosen_law(path: str | None) -> tuple[Array, Runs]:
 
 
 def switches(laws: Array, axis: str, values: Array, **budget) -> list[dict]:
-    """Where the best E of laws[0] changes along `axis` ("memory" or "flops"), and the 90% range of
-    it over the other laws (1 + S, 11). `values` (G,) are evenly spaced in their logarithms."""
-    loss = optimum(many(laws, 2), EXPERTS[:, None], **budget | {axis: values})[2]
-    loss = np.minimum(loss, 1e9)                                   # (1 + S, E, G)
+    """Where the best E of laws[0] changes along `axis` ("memory" or "flops"), and the 90% range of it over the other
+    laws (1 + S, 11). `values` (G,) are evenly spaced in their logarithms."""
+    loss = np.minimum(optimum(many(laws, 2), EXPERTS[:, None], **budget | {axis: values})[2], 1e9)    # (1 + S, E, G)
     best = loss[0].argmin(0)
     found = []
     for i in np.flatnonzero((best[1:] != best[:-1]) & (loss[0].min(0)[:-1] < 1e9)):
@@ -916,9 +891,8 @@ def switches(laws: Array, axis: str, values: Array, **budget) -> list[dict]:
 
 
 def rule_of_thumb(law: Law, experts: Array, flops: Array) -> list[dict]:
-    """The paper's rule: at equal total parameters, E <= 8 experts on E times the tokens beat the
-    compute-optimal dense model. For each E, over dense budgets `flops` (G,): how often it holds,
-    the gain in nats, and the cost in dense FLOPs."""
+    """The paper's rule: at equal total parameters, E <= 8 experts on E times the tokens beat the compute-optimal dense
+    model. For each E, over dense budgets `flops` (G,): how often it holds, gain in nats, cost in dense FLOPs."""
     N, D, dense = optimum(law, 1, flops)
     rows = []
     for E in experts.tolist():
@@ -940,9 +914,8 @@ def run_optimum(args) -> dict:
     """The best model for each number of experts under the budgets, and where the best changes."""
     laws, _ = chosen_law(args.law)
     unit, memory = args.memory or ("number", None)
-    budget = {"flops": args.flops, "kv_tokens": args.kv_tokens,
-              "memory": memory / BYTES[args.dtype] if unit == "bytes" else memory,
-              "inference_tokens": args.inference_tokens}
+    budget = {"flops": args.flops, "kv_tokens": args.kv_tokens, "inference_tokens": args.inference_tokens,
+              "memory": memory / BYTES[args.dtype] if unit == "bytes" else memory}
     N, D, loss = optimum(many(laws), EXPERTS, **budget)
     fits = np.isfinite(loss[0])
     require(fits.any(), f"no model meets these budgets, the smallest has {law_size(64, 1):,} parameters: "
@@ -974,16 +947,14 @@ RAMP = [[0, 65_536], [500_000_000, 131_072], [1_000_000_000, 262_144]]
 
 
 def model_config(d: int, E: int):
-    """The paper's model in model.py's words: d/64 blocks and heads, experts of width 3d, top-1 (Switch).
-
-    The gate's probability weights its one expert as it is: renormalised to 1 it would get no gradient from
-    the loss. 512 tokens of context, as in the authors' public configs: the law's loss is at that length.
-    """
+    """The paper's model in model.py's words: d/64 blocks and heads, experts of width 3d, top-1 (Switch). The gate's
+    probability weights its one expert as it is: renormalised to 1 it would get no gradient from the loss. 512 tokens
+    of context, as in the authors' public configs: the law's loss is at that length."""
     from model import ModelConfig
-    return ModelConfig(n_layer=d // 64, d_model=d, n_head=d // 64, n_kv_head=d // 64, d_head=64,
-                       n_expert=E, top_k=1, d_expert=3 * d, vocab_size=VOCABULARY, seq_len=512,
-                       rope_base=1e4, qk_norm=False, init_scale=0.1, tie_embeddings=False,
-                       renormalize=False, aux_coef=0.01, z_coef=0.001)
+    return ModelConfig(
+        n_layer=d // 64, d_model=d, n_head=d // 64, n_kv_head=d // 64, d_head=64, n_expert=E, top_k=1, d_expert=3 * d,
+        vocab_size=VOCABULARY, seq_len=512, rope_base=1e4, qk_norm=False, init_scale=0.1, tie_embeddings=False,
+        renormalize=False, aux_coef=0.01, z_coef=0.001)
 
 
 def candidates(args, laws: Array, limit: float, dtype: str) -> list[dict]:
@@ -997,18 +968,16 @@ def candidates(args, laws: Array, limit: float, dtype: str) -> list[dict]:
     trains = [bisect_right(d.tolist(), limit, key=lambda width, E=E: memory(
         model_config(width, E), 1, dtype)["total"]) for E in EXPERTS.tolist()]
     fits = (deployed <= limit) & (tokens >= RAMP[0][1]) & (d <= 64 * np.array(trains)[:, None])
-    require(fits.any(), f"no model meets {args.flops:.3g} FLOPs with {limit / 1e9:.3g} GB for a "
-                        f"training step and for {args.context:g} tokens of context: raise --flops "
-                        "or --memory, or lower --context or --inference_tokens")
+    require(fits.any(), f"no model meets {args.flops:.3g} FLOPs with {limit / 1e9:.3g} GB for a training step and for "
+            f"{args.context:g} tokens of context: raise --flops or --memory, or lower --context or --inference_tokens")
     loss = np.where(fits, many(laws, 2).loss(active, np.maximum(tokens, 1), E), np.inf)
     best = loss[0].argmin(1)                                       # the best shape for each E
     each = range(len(best))
     losses = loss[:, each, best]
-    rows = records(n_expert=EXPERTS, d_model=d[best], n_layer=d[best] // 64, n_active=active[best],
-                   n_total=total[each, best], tokens=tokens[best], loss=losses[0],
-                   interval=[band(some) for some in losses[1:].T],
-                   deployed_bytes=deployed[each, best].astype(int),
-                   chance_best=winners(loss[1:].min(2)))
+    rows = records(
+        n_expert=EXPERTS, d_model=d[best], n_layer=d[best] // 64, n_active=active[best], n_total=total[each, best],
+        tokens=tokens[best], loss=losses[0], interval=[band(some) for some in losses[1:].T],
+        deployed_bytes=deployed[each, best].astype(int), chance_best=winners(loss[1:].min(2)))
     return list(compress(rows, fits.any(1)))
 
 
@@ -1048,11 +1017,9 @@ def run_plan(args) -> dict:
         micro *= 2
     N_run, D_run = ((field * (runs.E == E)).max() or math.nan for field in runs[:2])
     result = best | {
-        "n_active_without_embeddings": body,
-        "n_total_with_router_and_norms": count(config)["total_untied"],
-        "steps": ramp_steps(D), "batch_ramp": RAMP, "micro_batch": micro,
-        "learning_rate": by_text, "learning_rate_authors_code": by_code,
-        "training_bytes": memory(config, micro, dtype),
+        "n_active_without_embeddings": body, "n_total_with_router_and_norms": count(config)["total_untied"],
+        "steps": ramp_steps(D), "batch_ramp": RAMP, "micro_batch": micro, "learning_rate": by_text,
+        "learning_rate_authors_code": by_code, "training_bytes": memory(config, micro, dtype),
         "gpus": f"{args.gpus} x {args.gpu}", "assumed_mfu": args.mfu,
         "days": 6 * N * D / (args.gpus * getattr(CARDS[args.gpu], dtype) * args.mfu) / 86400,
         "beyond_the_runs": {        # times the largest run, of this E for N and D; nan: none has it
@@ -1072,11 +1039,9 @@ def write_config(path: str, best: dict, config, dtype: str, command: str) -> Non
     """A flat config, one assignment a line, that `python train.py` accepts as it is."""
     tokens = int(best["tokens"])
     values = {k: v for k, v in vars(config).items() if k not in ("max_seq_len", "norm_eps")} | {
-        "dataset": "stdlib", "tokenizer": "bytes", "max_steps": best["steps"],
-        "max_tokens": tokens, "batch_tokens": RAMP,
-        "micro_batch": best["micro_batch"],
-        "learning_rate": clean(best["learning_rate"], 4), "min_learning_rate": 0.0,
-        "schedule": "constant", "warmup": min(130_000_000, tokens // 10), "decay": 0.2,
+        "dataset": "stdlib", "tokenizer": "bytes", "max_steps": best["steps"], "max_tokens": tokens,
+        "batch_tokens": RAMP, "micro_batch": best["micro_batch"], "learning_rate": clean(best["learning_rate"], 4),
+        "min_learning_rate": 0.0, "schedule": "constant", "warmup": min(130_000_000, tokens // 10), "decay": 0.2,
         "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "grad_clip": 0.1, "dtype": dtype}
     low, high = best["interval"]
     write(path, f"# {command}\n# Expected loss {best['loss']:.4f} nats a token (90%: {low:.4f} to "
@@ -1111,12 +1076,9 @@ def pin(text: str) -> tuple[str, float]:
     """A coefficient and its value: c=1.6."""
     name, _, value = text.partition("=")
     require(name in NAMES, f"{text!r} is not NAME=VALUE with one of {', '.join(NAMES)}")
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
+    number = float(value) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value) else math.nan
     least = 0 if name in ("a", "b", "c", "e_start", "e_max") else -math.inf
-    require(least <= number < math.inf or (name, number) == ("e_max", math.inf), f"{text!r} is no value of {name}")
+    require(least <= number < math.inf, f"{text!r} is no value of {name}")
     return name, number
 
 
@@ -1130,8 +1092,7 @@ def share(text: str) -> float:
     return plain(text)
 
 
-VERBS = {"tables": run_tables, "optimum": run_optimum, "fit": run_fit, "simulate": run_simulate,
-         "plan": run_plan}
+VERBS = {"tables": run_tables, "optimum": run_optimum, "fit": run_fit, "simulate": run_simulate, "plan": run_plan}
 BUDGETS = "optimum plan"
 FLAGS = {                            # flag: the verbs that take it, how it is read, its help
     "sources": ("fit", {"nargs": "+"}, "CSVs of n_active, tokens, n_expert, loss; result.json files; folders of them"),
@@ -1139,12 +1100,10 @@ FLAGS = {                            # flag: the verbs that take it, how it is r
     "--e_start": ("fit tables", {"type": plain}, "hold E_start here (default: free; in tables 2.0732, as printed)"),
     "--e_max": ("fit", {"type": plain}, "hold E_max here (default: free)"),
     "--weights": ("fit", {"metavar": "COLUMN"}, "column of weights (default: equal)"),
-    "--pin": ("fit", {"type": pin, "action": "append", "default": [], "metavar": "NAME=VALUE"},
-              "hold any coefficient: c=1.6; may be given again"),
+    "--pin": ("fit", {"type": pin, "action": "append", "default": [], "metavar": "NAME=VALUE"}, "hold it there: c=1.6"),
     "--near": ("fit", {"type": plain}, "only runs within so many nats of the best of their compute budget and E"),
     "--noise": ("fit", {"type": plain}, "spread of repeated runs in nats (default: of those that repeat a point)"),
-    "--holdout": ("fit", {"default": "kfold:10"},
-                  "loss:30 (lowest), compute:30 (largest), column:NAME, kfold:10, rolling (a budget by those below)"),
+    "--holdout": ("fit", {"default": "kfold:10"}, "loss:30 (lowest), compute:30 (most), column:NAME, kfold:10, rolling"),
     "--huber": ("fit", {"type": plain}, "Huber width on ln L (default 1.345 robust deviations; the paper's is 0.01)"),
     "--bootstrap": ("fit", {"type": whole, "default": 1000}, "refits behind the intervals (default %(default)s)"),
     "--draws": ("simulate", {"type": whole, "default": 20}, "noise draws (default %(default)s)"),
@@ -1172,8 +1131,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="scaling.py",
-                    description="The joint scaling law of dense and mixture-of-experts models.")
+    parser = Parser(prog="scaling.py", description="The joint scaling law of dense and mixture-of-experts models.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name, run in VERBS.items():
         verb = verbs.add_parser(name, help=run.__doc__.split("\n")[0], description=run.__doc__)

@@ -549,11 +549,10 @@ def test_a_replica_that_leads_to_a_lower_cost_moves_the_fit():
     fitted = fit(runs)
     stuck = fitted._replace(p=fitted.p + 0.05, cost=scaling.huber(
         fitted.surface.parts(fitted.p[None] + 0.05)[0] - fitted.surface.target, runs.weight, fitted.delta)[0])
-    settled, replicas = scaling.bootstrap(stuck, runs, 30)
+    settled, usual = (scaling.bootstrap(start, runs, 30) for start in (stuck, fitted))
     assert settled.cost == pytest.approx(fitted.cost, rel=1e-6)
     assert np.allclose(settled.law.loss(*runs[:3]), fitted.law.loss(*runs[:3]), atol=1e-5)
-    again = scaling.bootstrap(fitted, runs, 30)[1]
-    assert np.allclose(many(replicas).loss(*runs[:3]), many(again).loss(*runs[:3]), atol=1e-3)
+    assert np.allclose(many(settled.replicas).loss(*runs[:3]), many(usual.replicas).loss(*runs[:3]), atol=1e-3)
 
 
 def test_where_few_starts_agree_more_are_tried_and_the_share_is_a_warning(tmp_path, capsys, monkeypatch):
