@@ -144,12 +144,11 @@ def optimum(law: Law, E: Array, flops: Array, memory: Array | None = None, kv_to
 
 # === Part 2: the fit, and why it is fast =========================================================
 # The paper minimises Huber(ln L_predicted - ln L_observed) by L-BFGS from 19,683 starts, one after the other. Here:
-#   variable projection   For given exponents a, b, c enter linearly: each start begins at its best a, b, c, a solve
-#                         of three unknowns; 19,683 starts would become 729.
 #   centring              In x = ln N - mean, y = ln D - mean, z = ln Ê - mean, changing one parameter no longer calls
-#                         for changing all others. Most random starts reach the optimum, so 24 are plenty.
-#   all starts at once    Levenberg-Marquardt with the analytic Jacobian (S, 11, R) of all S starts in one batch. The
-#                         Huber width shrinks 10 -> 0.1 -> target: bad starts first see least squares.
+#                         for changing all others, and each term starts as a third of the mean loss. Nearly all random
+#                         starts reach the optimum, so 24 are plenty.
+#   all starts at once    Levenberg-Marquardt with the analytic Jacobian (S, 11, R) of all S starts in one batch,
+#                         by least squares first: bad starts see far runs as well.
 # Bootstrap, cross-validation and leave-one-out are one more such call: a replica of the runs is a row of weights.
 
 import math
@@ -185,8 +184,7 @@ def many(theta: Array, axes: int = 1) -> Law:
 
 
 STARTS, ROUNDS = 24, 4               # random starts, and how often as many more if few agree
-LINEAR = 0, 4, 8                     # where a, b, c stand in the points p of a Surface
-LOGS = 0, 4, 8, 9                    # where p holds the logarithm of a coefficient
+LOGS = 0, 4, 8, 9                    # where the points p of a Surface hold the logarithm of a coefficient
 SIGN = np.array([1, -1, -1, -1] * 2 + [1, 1, 1])                        # and where its negative
 LEAST = math.log(1e-3)                # the box of the search: no term below 0.001 nats
 LOW = np.array([LEAST, -9, -9, -9] * 2 + [LEAST, math.log(0.05), 0])
@@ -255,18 +253,6 @@ class Surface:
         return value, np.stack([first, first * x, first * z, first * x * z, second, second * y, second * z,
                                 second * y * z, floor, slope * z9, slope * z10], 1)
 
-    def project(self, p: Array, weight: Array) -> Array:
-        """Variable projection: p with the a, b, c > 0 of least relative error for its exponents."""
-        p = p.copy()
-        p[:, LINEAR] = 0
-        value, shares, *_ = self.parts(p)
-        bare = np.stack(shares * np.exp(value), 2)                     # the power laws (S, R, 3)
-        peak = bare.max(1)
-        basis = bare / peak[:, None] * np.sqrt(weight)[:, None] / np.exp(self.target)[:, None]
-        scale = np.linalg.pinv(basis) @ np.sqrt(weight)
-        p[:, LINEAR] = np.log(np.maximum(scale, 1e-3) / peak)
-        return p
-
 
 def huber(r: Array, weight: Array, delta: float) -> Array:
     """Sum over the runs of weight * (r^2/2 up to |r| = delta, linear beyond), (S,)."""
@@ -315,18 +301,17 @@ def minimise(surface: Surface, p: Array, target: Array, weight: Array, delta: fl
 
 
 def random_starts(surface: Surface, base: Law, free: Array, seed: int = 0) -> Array:
-    """Starts (24, 11), uniform over exponents that language models have shown, without a, b, c."""
+    """Starts (24, 11), uniform over exponents that language models have shown; a term is a third of the mean loss."""
     low = [0, 0.1, 0.0, -0.05, 0, 0.1, -0.3, -0.05, 0, 0.0, 0.0]
     high = [0, 0.4, 0.3, 0.05, 0, 0.4, 0.3, 0.05, 0, math.log(3), 0.02]
     p = SIGN * np.random.default_rng(seed).uniform(low, high, (STARTS, 11))
+    p[:, LOGS[:3]] = surface.target.mean() - math.log(3)
     return np.where(free, p, surface.centred([base]))
 
 
 class Fit(NamedTuple):
-    """A fitted law, its optimum p (11,) on `surface`, and how it was reached."""
-
     law: Law
-    p: Array
+    p: Array                         # (11,): the optimum on `surface`
     surface: Surface
     free: Array                      # (11,): which coefficients were fitted
     delta: float                     # Huber width on ln L
@@ -362,9 +347,7 @@ def fit(runs: Runs, pinned: dict = FORMS["joint"], delta: float | None = None) -
     points, costs = np.empty((0, 11)), np.empty(0)
     for seed in range(ROUNDS):
         p = random_starts(surface, base, free, seed)
-        p = np.where(free, surface.project(p, runs.weight), p)
-        for wide, steps in ((10, 60), (0.1, 30)):
-            p, cost = minimise(surface, p, surface.target, runs.weight, wide, free, steps, 1e-7)
+        p, cost = minimise(surface, p, surface.target, runs.weight, 10, free, 60, 1e-7)
         if delta is None:
             residual = surface.parts(p[[cost.argmin()]])[0][0] - surface.target
             delta = 1.345 * robust_deviation(residual[runs.weight > 0])
@@ -390,12 +373,11 @@ def bootstrap(fitted: Fit, runs: Runs, count: int = 1000, seed: int = 0) -> Fit:
     starts too: where one leads all runs to a lower cost, the fit moves there, and they are refitted from it."""
     kept = runs.weight > 0
     times = np.random.default_rng(seed).multinomial(kept.sum(), kept / kept.sum(), count)
-    surface, delta = fitted.surface, fitted.delta
+    surface = fitted.surface
     while True:
         replicas = refit(fitted, times * runs.weight, surface.target)
-        p = surface.centred(replicas[:200])
-        nearest = huber(surface.parts(p)[0] - surface.target, runs.weight, delta).argsort()[:STARTS]
-        p, cost = minimise(surface, p[nearest], surface.target, runs.weight, delta, fitted.free, 1000)
+        p = surface.centred(replicas[:STARTS])
+        p, cost = minimise(surface, p, surface.target, runs.weight, fitted.delta, fitted.free, 1000)
         if cost.min() >= fitted.cost * (1 - 1e-6) - 1e-12 * runs.weight.sum():
             return fitted._replace(replicas=replicas)
         fitted = fitted.moved(p, cost)
@@ -721,8 +703,8 @@ def fit_input(args) -> tuple[Runs, list[dict], dict, int]:
     start, top = pinned.get("e_start", 50), pinned.get("e_max", math.inf)       # 50: the search's bound
     require(0.05 <= start <= min(50, 0.95 * top) and top >= 2,
             "--e_start must lie from 0.05 to 50 and 6% below --e_max; --e_max from 2, from 53 when E_start is free")
-    for name in pinned.keys() & FORMS[args.form]:
-        raise BadInput(f"--form {args.form} sets {name} itself")
+    both = pinned.keys() & FORMS[args.form]
+    require(not both, f"--form {args.form} sets {', '.join(both)} itself")
     rows = [row for source in args.sources for row in read_table(Path(source))]
     require(rows, f"{' '.join(args.sources)}: no runs in it")
     runs = runs_of(rows, args.weights)
@@ -749,10 +731,14 @@ def run_fit(args) -> dict:
         for said in fitted.at_bound():
             print(f"warning: {said} lies at the bound of the search: take it for a limit, not for a value")
 
+    rolled = {}
+
     def unseen_rmse(parts, form):
-        if args.holdout == "rolling":
-            return rmse(roll(runs, form, pinned, args.huber)[1])
-        return held_out_rmse(parts, runs, folds)
+        if args.holdout != "rolling":
+            return held_out_rmse(parts, runs, folds)
+        if form not in rolled:
+            rolled[form] = roll(runs, form, pinned, args.huber)
+        return rmse(rolled[form][1])
     known = per_expert(parts, runs)
     predicted = predict(parts, runs)
     used = runs.weight > 0
@@ -767,9 +753,7 @@ def run_fit(args) -> dict:
         "form": args.form,
         "per_expert": {E: {name: row[name][0] for name in TERMS[:4]} for E, row in known.items()},
         "c": first.law.c if len(parts) == 1 else {E: row["c"][0] for E, row in known.items()},
-        "rmse_train": rmse((predicted - runs.L)[used]),
-        "rmse_holdout": unseen_rmse(parts, args.form),
-        "runs": table,
+        "rmse_train": rmse((predicted - runs.L)[used]), "rmse_holdout": unseen_rmse(parts, args.form), "runs": table,
         "intervals": {E: {name: row[name][1] for name in TERMS} for E, row in known.items()},
         "starts_agree": np.mean([fitted.agree for _, fitted in parts]),
         "lack_of_fit": lack_of_fit(runs.take(used & ~far), (runs.L - predicted)[used & ~far], args.noise),
@@ -782,8 +766,8 @@ def run_fit(args) -> dict:
                       for name, (value, interval) in row.items()} for E, row in known.items()])
     if far.any():
         result["without_outliers"] = show_outliers(table, far, runs, known, pinned, args)
-    if args.holdout == "rolling":
-        result["rolling"], _ = roll(runs, args.form, pinned, args.huber)
+    if rolled:
+        result["rolling"], _ = rolled[args.form]
         show("Each compute budget predicted from those below it, nats", result["rolling"])
     if len(parts) == 1:                                # several laws share no coefficients to save
         result |= {"law": first.law._asdict(), "draws": first.replicas}
@@ -885,8 +869,8 @@ def switches(laws: Array, axis: str, values: Array, **budget) -> list[dict]:
             for k in rises[abs(rises - i).argsort()[:1]]:          # the nearest to i, if any
                 places.append(values[k] * (values[1] / values[0]) ** (gap[k] / (gap[k] - gap[k + 1])))
         at, *moved = places
-        found.append({axis: at, "from": EXPERTS[before], "to": EXPERTS[after],
-                      "interval": band(moved), "share_of_replicas": len(moved) / (len(laws) - 1)})
+        found.append({axis: at, "from": EXPERTS[before], "to": EXPERTS[after], "interval": band(moved),
+                      "share_of_replicas": len(moved) / (len(laws) - 1)})
     return found
 
 
@@ -898,10 +882,9 @@ def rule_of_thumb(law: Law, experts: Array, flops: Array) -> list[dict]:
     for E in experts.tolist():
         d = width(N, E)                              # all N parameters of a dense model are active
         active = law_size(d, d / 64)
-        gain = dense - law.loss(active, E * D, E)
-        cost = 6 * active * E * D / flops
-        rows.append({"n_expert": E, "holds": (gain > 0).mean(),
-                     "gain": (gain.min(), gain.max()), "cost": (cost.min(), cost.max())})
+        gain, cost = dense - law.loss(active, E * D, E), 6 * active * E * D / flops
+        rows.append({"n_expert": E, "holds": (gain > 0).mean(), "gain": (gain.min(), gain.max()),
+                     "cost": (cost.min(), cost.max())})
     return rows
 
 
@@ -1044,10 +1027,9 @@ def write_config(path: str, best: dict, config, dtype: str, command: str) -> Non
         "min_learning_rate": 0.0, "schedule": "constant", "warmup": min(130_000_000, tokens // 10), "decay": 0.2,
         "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "grad_clip": 0.1, "dtype": dtype}
     low, high = best["interval"]
-    write(path, f"# {command}\n# Expected loss {best['loss']:.4f} nats a token (90%: {low:.4f} to "
-                f"{high:.4f}) on FineWeb-Edu in GPT-2 tokens: set dataset to its\n# files and "
-                "tokenizer = 'gpt2'. Learning rate by the other reading of eq. 7: "
-                f"{best['learning_rate_authors_code']:.4g}\n\n"
+    write(path, f"# {command}\n# Expected loss {best['loss']:.4f} nats a token (90%: {low:.4f} to {high:.4f}) on FineWeb-Edu "
+                "in GPT-2 tokens: set dataset to its\n# files and tokenizer = 'gpt2'. Learning rate by the other reading "
+                f"of eq. 7: {best['learning_rate_authors_code']:.4g}\n\n"
                 + "".join(f"{k} = {v!r}\n" for k, v in values.items()))
 
 
@@ -1103,7 +1085,7 @@ FLAGS = {                            # flag: the verbs that take it, how it is r
     "--pin": ("fit", {"type": pin, "action": "append", "default": [], "metavar": "NAME=VALUE"}, "hold it there: c=1.6"),
     "--near": ("fit", {"type": plain}, "only runs within so many nats of the best of their compute budget and E"),
     "--noise": ("fit", {"type": plain}, "spread of repeated runs in nats (default: of those that repeat a point)"),
-    "--holdout": ("fit", {"default": "kfold:10"}, "loss:30 (lowest), compute:30 (most), column:NAME, kfold:10, rolling"),
+    "--holdout": ("fit", {"default": "kfold:10"}, "loss:30 (lowest), compute:30, column:NAME, kfold:10 or rolling"),
     "--huber": ("fit", {"type": plain}, "Huber width on ln L (default 1.345 robust deviations; the paper's is 0.01)"),
     "--bootstrap": ("fit", {"type": whole, "default": 1000}, "refits behind the intervals (default %(default)s)"),
     "--draws": ("simulate", {"type": whole, "default": 20}, "noise draws (default %(default)s)"),

@@ -332,7 +332,7 @@ def test_memory_in_bytes_is_memory_in_parameters_of_the_given_dtype(tmp_path):
 def test_the_jacobian_is_the_derivative():
     runs, step = noisy(), 1e-6
     surface = Surface(runs)
-    p = surface.project(scaling.random_starts(surface, Law(), ALL), runs.weight)[:4]
+    p = scaling.random_starts(surface, Law(), ALL)[:4]
     value, J = surface.jacobian(p)
     assert np.allclose(value, surface.parts(p)[0], rtol=1e-14)
     for i, h in enumerate(step * np.eye(11)):
@@ -347,15 +347,6 @@ def test_centring_is_invertible_and_describes_the_same_law():
     assert np.allclose(surface.parts(p)[0][0], np.log(paper_runs().L), atol=1e-12)
 
 
-def test_projection_finds_the_scales_of_least_relative_error():
-    runs = paper_runs()
-    surface = Surface(runs)
-    p = surface.centred([Law()])
-    scales = [0, 4, 8]
-    spoilt = p + 3 * np.isin(np.arange(11), scales)
-    assert np.allclose(surface.project(spoilt, runs.weight), p, atol=1e-6)
-
-
 def test_huber_is_half_the_square_up_to_its_width_and_linear_beyond():
     r, weight = np.array([[0.5, -0.5, 3.0, -3.0]]), np.array([[1.0, 2.0, 1.0, 2.0]])
     assert scaling.huber(r, weight, 1.0) == pytest.approx(0.125 * 3 + 2.5 * 3)
@@ -367,10 +358,12 @@ def test_a_fit_without_noise_returns_the_law():
 
 
 def paper_starts(surface, base, free, seed) -> np.ndarray:
-    """The 729 choices of exponents in the paper's 3^9 starts; projection supplies a, b and c."""
+    """The 729 choices of exponents in the paper's 3^9 starts; a, b and c such that each term is a third of the loss."""
     exponents = itertools.product(*[(0.05, 0.25, 0.5)] * 2, *[(-0.5, 0, 0.5)] * 4)
-    return surface.centred([(100, alpha, delta, gamma, 100, beta, omega, zeta, 1, base.e_start, base.e_max)
-                            for alpha, beta, delta, gamma, omega, zeta in exponents])
+    p = surface.centred([(100, alpha, delta, gamma, 100, beta, omega, zeta, 1, base.e_start, base.e_max)
+                         for alpha, beta, delta, gamma, omega, zeta in exponents])
+    p[:, [0, 4, 8]] = surface.target.mean() - math.log(3)
+    return p
 
 
 @pytest.mark.slow
@@ -381,7 +374,7 @@ def test_the_default_starts_reach_what_the_papers_grid_reaches(seed, monkeypatch
     monkeypatch.setattr(scaling, "ROUNDS", 1)
     grid = fit(noisy(seed), delta=usual.delta)
     assert usual.cost <= grid.cost * (1 + 1e-6)
-    assert usual.agree > 1.5 * grid.agree > 0
+    assert usual.agree > 0.9 and usual.agree >= grid.agree > 0
 
 
 def test_the_published_optimizer_from_the_papers_starts_does_not_beat_our_fit():
