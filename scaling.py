@@ -356,7 +356,8 @@ def fit(runs: Runs, pinned: dict = FORMS["joint"], delta: float | None = None) -
         reached = costs <= costs.min() * (1 + 1e-6) + 1e-12 * runs.weight.sum()
         if reached.mean() >= 1 / 3:
             break
-    return Fit(base, p[0], surface, free, delta, cost[0], len(costs), reached.mean(), p).moved(points, costs)
+    unmoved = Fit(base, p[0], surface, free, delta, cost[0], len(costs), reached.mean(), p)
+    return unmoved.moved(points, costs)                # to the best of all starts
 
 
 def refit(fitted: Fit, weight: Array, target: Array) -> Array:
@@ -369,8 +370,8 @@ def refit(fitted: Fit, weight: Array, target: Array) -> Array:
 
 
 def bootstrap(fitted: Fit, runs: Runs, count: int = 1000, seed: int = 0) -> Fit:
-    """The fit with replicas (count, 11) from resampled runs: one taken k times has k times its weight. Replicas are
-    starts too: where one leads all runs to a lower cost, the fit moves there, and they are refitted from it."""
+    """The fit with replicas (count, 11) from resampled runs: one taken k times has k times its weight. The
+    first 24 are starts too: where one leads all runs to a lower cost, the fit moves there, and all are refitted."""
     kept = runs.weight > 0
     times = np.random.default_rng(seed).multinomial(kept.sum(), kept / kept.sum(), count)
     surface = fitted.surface
@@ -700,6 +701,8 @@ def per_expert(parts: list[tuple], runs: Runs) -> dict:
 def fit_input(args) -> tuple[Runs, list[dict], dict, int]:
     """The runs that `fit` is asked to use, their rows, the pinned coefficients, and the number of folds."""
     pinned = {name: value for name in EHAT if (value := getattr(args, name))} | dict(args.pin)
+    if pinned.get("b") == 0:                           # then nothing tells the exponents of its term
+        pinned = NO_TOKENS | pinned
     start, top = pinned.get("e_start", 50), pinned.get("e_max", math.inf)       # 50: the search's bound
     require(0.05 <= start <= min(50, 0.95 * top) and top >= 2,
             "--e_start must lie from 0.05 to 50 and 6% below --e_max; --e_max from 2, from 53 when E_start is free")
@@ -851,7 +854,7 @@ def chosen_law(path: str | None) -> tuple[Array, Runs]:
         runs = runs_of(saved["runs"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{path} holds no law: write one with python scaling.py fit RUNS.csv --json {path}") from None
-    require(laws[0, 4] > 0, f"{path} is a law without tokens (--form clark): it has no optimum")    # b = 0
+    require(laws[0, 4] > 0, f"{path} is a law without tokens, b = 0: it has no optimum")
     return np.nan_to_num(laws, nan=math.inf), runs                # JSON's null: an infinite E_max
 
 
@@ -1027,9 +1030,9 @@ def write_config(path: str, best: dict, config, dtype: str, command: str) -> Non
         "min_learning_rate": 0.0, "schedule": "constant", "warmup": min(130_000_000, tokens // 10), "decay": 0.2,
         "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "grad_clip": 0.1, "dtype": dtype}
     low, high = best["interval"]
-    write(path, f"# {command}\n# Expected loss {best['loss']:.4f} nats a token (90%: {low:.4f} to {high:.4f}) on FineWeb-Edu "
-                "in GPT-2 tokens: set dataset to its\n# files and tokenizer = 'gpt2'. Learning rate by the other reading "
-                f"of eq. 7: {best['learning_rate_authors_code']:.4g}\n\n"
+    write(path, f"# {command}\n# Expected loss {best['loss']:.4f} nats a token (90%: {low:.4f} to {high:.4f}) on "
+                "FineWeb-Edu in GPT-2 tokens: set dataset to its\n# files and tokenizer = 'gpt2'. Learning rate by the "
+                f"other reading of eq. 7: {best['learning_rate_authors_code']:.4g}\n\n"
                 + "".join(f"{k} = {v!r}\n" for k, v in values.items()))
 
 

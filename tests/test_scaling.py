@@ -665,6 +665,8 @@ def test_any_coefficient_can_be_pinned_and_a_pin_stands_in_for_a_missing_size(tm
     path = save(tmp_path / "runs.csv", runs)
     saved = result(tmp_path, "fit", path, "--bootstrap", 20, "--pin", "c=1.6", "--pin", "gamma=0", "--e_max", 290)
     assert [saved["law"][name] for name in ("c", "gamma", "e_max")] == [1.6, 0, 290]
+    no_D = result(tmp_path, "fit", path, "--bootstrap", 20, "--pin", "b=0")["law"]
+    assert no_D["b"] == no_D["beta"] == no_D["omega"] == no_D["zeta"] == 0
     two_D = save(tmp_path / "two_D.csv", runs.take((runs.D == 2e9) | (runs.D == 4e9)))
     assert run("fit", two_D, "--bootstrap", 20, "--pin", "beta=0.18") == 0
     for bad, said in (("c", "no value of c"), ("d=1", "NAME=VALUE with one of a, alpha"), ("c=-1", "no value of c"),
