@@ -537,6 +537,12 @@ def test_clarks_checkpoints_converge_and_the_floor_at_its_bound_is_named(tmp_pat
     assert_intervals_hold_their_estimates(saved)
 
 
+def test_no_interval_leaves_out_its_own_estimate():
+    replicas = np.arange(101.0)
+    assert scaling.band(replicas) == scaling.band(replicas, 50.0) == [5, 95]
+    assert scaling.band(replicas, 97.0) == [5, 97] and scaling.band(replicas, -1.0) == [-1, 95]
+
+
 def test_a_replica_that_leads_to_a_lower_cost_moves_the_fit():
     runs = noisy()
     fitted = fit(runs)
