@@ -10,7 +10,8 @@ So a run that was interrupted and continued ends, on a CPU, in the same weights 
 
 Part 1 is the lesson: config, text to windows of tokens, learning rate, evaluation, and the loop, which talks to one
 object that keeps the run. Part 2 is what real runs need: every value checked, other data, exact resume, a log, figures.
-Part 3 is sweeps: a file that sets `runs = [dict(name=..., field=...), ...]` trains each of them and ranks them.
+Part 3 is sweeps, a file that sets `runs = [dict(name=..., field=...), ...]`: each is trained, and they are ranked; and
+`judge`, a sweep's verdict on an idea.
 """
 
 import ast
@@ -442,7 +443,7 @@ def make_config(values: dict, out_dir: str, chosen: dict) -> Config:
         require(not values.get("expert_groups") or name not in chosen,
                 f"{name} does nothing beside expert_groups, which says how many experts of which width there are")
     for name in values:
-        known = [*TYPES, "runs", "seeds", "name", "group", "along"]
+        known = [*TYPES, "runs", "seeds", "name", "group", "along", "baseline"]
         require(name in TYPES, f"{name} is no config field{closest(name, known)}")
     config = Config(**{name: convert(name, value) for name, value in values.items()}).resolve()
     config.out_dir = config.out_dir or out_dir
