@@ -406,6 +406,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
 # by hand; DECODE, for a compiled step of writing text. Each is tested against the plain one, with every gradient.
 
 import contextlib
+import weakref
 
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -870,7 +871,7 @@ class StaticCache(Cache):
         room = theirs.shape[2] <= mine.shape[2] < theirs.shape[2] + 256
         return len(mine) == len(theirs) and room and mine.dtype == theirs.dtype and mine.device == theirs.device
 
-    def take_over(self, cache: Cache) -> None:
+    def continue_from(self, cache: Cache) -> None:
         for mine, theirs in zip((*self.k, *self.v), (*cache.k, *cache.v)):
             mine[:, :, :cache.used] = theirs[:, :, :cache.used]
         self.used.fill_(cache.used)
@@ -896,6 +897,7 @@ class Decoder:
 
     def __init__(self):
         self.model = self.source = self.cache = self.graph = None
+        self.begun = weakref.WeakSet()
 
     def __call__(self, model: Model, tokens: Tensor, cache: Cache) -> Tensor:
         if cache.used == 0 or tokens.shape[1] > 1:
@@ -913,9 +915,11 @@ class Decoder:
 
     def begin(self, model: Model, cache: Cache) -> None:
         """Go on from this cache: in the buffers there are, if it is another text for the same model."""
+        assert cache not in self.begun, "a Decoder writes one text after the other: this one was begun, and left"
+        self.begun.add(cache)
         self.source = cache
         if self.model is model and self.cache.has_room_for(cache):
-            return self.cache.take_over(cache)
+            return self.cache.continue_from(cache)
         self.model, self.cache, self.graph = model, StaticCache(cache), None
 
     def step(self, model: Model, tokens: Tensor) -> Tensor:
@@ -1022,7 +1026,8 @@ def memory(config: ModelConfig, micro_batch: int = 1, dtype: str = "float32") ->
     n_dense = c.n_layer if c.n_expert == 1 else c.first_dense_layers
     kept = c.n_layer * 2 * 2 * c.d_model * 4                                     # input and norm, twice a block
     kept += n_dense * 4 * c.active_width * wide                                  # gate, up, silu and their product
-    kept += (c.n_layer - n_dense) * (4 * (3 * c.n_expert + 8 * c.top_k) + 4 * c.d_shared * wide)   # router; shared
+    shared = 4 * c.d_shared * wide + (2 * 2 * c.d_model * wide if c.d_shared and wide == 2 else 0)     # casts of x
+    kept += (c.n_layer - n_dense) * (4 * (3 * c.n_expert + 8 * c.top_k) + shared)   # router; shared
     attention = (c.n_head + c.n_kv_head) * c.d_head * (16 if wide == 4 else 3 * 2 + 4)      # q, k, v and y, each twice;
     #                                                                              under autocast q, k once in float32
     slots = 2 if c.router == "expert_choice" else 1                              # up to 2K places a token

@@ -443,7 +443,7 @@ def route_by_kernels(logits: Tensor, config: RouterConfig, context: Context) -> 
 
 
 def tiling(n_expert: int) -> dict:
-    """Launch shape: a program takes TILE tokens, ROWS at a time: 16 logits a thread in registers, 32 at E = 1024.
+    """Launch shape: a program takes TILE tokens, ROWS at a time: 4 to 32 logits a thread in registers.
 
     At N = 16,384 that is 512 programs, for the 132 multiprocessors of an H200.
     """

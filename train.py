@@ -385,6 +385,7 @@ def validate_run(config: Config) -> None:
     require_each(config, "min_learning_rate warmup decay weight_decay grad_clip seed", lambda n: n >= 0,
                  "not be negative")
     require_each(config, "seed", lambda n: n < 2**32, "be less than 2**32")
+    require_each(config, "max_steps max_tokens", lambda n: n < 2**62, "be less than 2**62")
     require_each(config, "dataset tokenizer", lambda text: 0 < len(text) < 1000, "be a name of 1 to 1000 characters")
     require_each(config, "beta1 beta2", lambda x: 0 <= x < 1, "be in [0, 1)")
     for name, allowed in (("schedule", ("cosine", "constant")), ("dtype", ("float32", "bfloat16"))):
@@ -598,7 +599,7 @@ def read_tokens(folder: Path, side: str, dtype: str) -> np.ndarray:
 
 
 def split(sides: list[np.ndarray], seq_len: int) -> list[list[np.ndarray]]:
-    """Both sides as they are (see is_held_out); of too few documents, the last twentieth of all is for validation."""
+    """Both sides as is_held_out made them; where one has no window, the last twentieth of all is for validation."""
     if min(map(len, sides)) <= seq_len:
         whole = np.concatenate(sides)
         cut = max(0, min(len(whole) * 19 // 20, len(whole) - seq_len - 1))
@@ -700,7 +701,8 @@ def total_steps(config: Config) -> int:
     """max_steps, or the first step count that reaches max_tokens if that is sooner."""
     if config.max_tokens is None:
         return config.max_steps
-    return bisect_left(range(config.max_steps), config.max_tokens, key=lambda step: position(config, step)[0])
+    most = min(config.max_steps, config.max_tokens)                          # (a step has a token at the least)
+    return bisect_left(range(most), config.max_tokens, key=lambda step: position(config, step)[0])
 
 
 class Corpus(Data):

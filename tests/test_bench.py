@@ -45,7 +45,7 @@ def test_candidates_take_turns_and_their_ratios_are_of_that_run(monkeypatch):
     seconds = dict(zip(names, (1.0, 4.0, 2.0, 8.0)))
     monkeypatch.setattr(bench, "clock", lambda run: run())
     rows = bench.timed({name: lambda name=name: order.append(name) or seconds[name] for name in names}, 0.0, tokens=16)
-    assert order == names * 6 and all(r["rounds"] == 5 for r in rows)
+    assert order == names * 7 and all(r["rounds"] == 5 for r in rows)
     assert [(r["name"], r["seconds"], r["spread"], r["tokens_per_s"], r["share_of_floor"], r["ours_is_faster_by"])
             for r in rows] == [(name, s, 0, 16 / s, 1 / s, s / 2) for name, s in seconds.items()]
 
@@ -303,9 +303,12 @@ def test_the_models_and_estimates_beside_what_the_article_publishes_are_those_of
 
 @pytest.mark.slow
 def test_the_gpu_command_runs_its_parts_small_where_there_is_no_gpu(tmp_path):
-    bench.main(["gpu", "--only", "env,layer,loss", "--budget", "100", "--out", str(tmp_path)])
+    (tmp_path / "gpu.json").write_text('{"step": {"status": "done"}}')                     # of an earlier command
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["gpu", "--only", "env,layer,loss", "--budget", "100", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert {name: part["status"] for name, part in found.items()} == dict.fromkeys(("env", "layer", "loss"), "done")
+    assert not ended.value.code
+    assert {name: part["status"] for name, part in found.items()} == dict.fromkeys(("step", "env", "layer", "loss"), "done")
     assert found["env"]["conditions"]["torch"] and found["loss"]["pieces of 256 MiB: ms"] > 0
     assert max(found["layer"]["E=16, weights float32: errors of y and gradients, an expert empty"]) < 1e-5
 
@@ -334,3 +337,5 @@ def test_a_number_that_raises_is_lost_alone(monkeypatch, capsys):
 def test_the_gpu_command_names_a_part_that_is_none():
     with pytest.raises(BadInput, match="--only kernel is no part: env, tests, kernels"):
         bench.main(["gpu", "--only", "env,kernel"])
+    with pytest.raises(BadInput, match="--budget 0.0 must be a positive number"):
+        bench.main(["gpu", "--budget", "0"])

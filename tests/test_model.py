@@ -331,6 +331,9 @@ def test_a_kept_decoder_keeps_its_buffers_and_nine_batches_compile_in_one_proces
         assert torch.equal(greedy(model, prompts, 6, step), greedy(model, prompts, 6))
         buffers.append(step.cache)
     assert buffers[-1] is buffers[-2] is not buffers[-3]
+    texts = [generate(model, prompts[:, :n], 6, step=step) for n in (3, 4)]
+    with pytest.raises(AssertionError, match="one text after the other"):
+        list(zip(*texts))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")                 # torch.compile, where a graph ends

@@ -214,7 +214,7 @@ def test_a_misspelt_name_or_a_value_of_the_wrong_type_is_refused_wherever_it_sta
     ("--learning_rate=0", "learning_rate = 0.0 must be positive"), ("--beta2=1", "beta2 = 1.0 must be in [0, 1)"),
     ("--min_learning_rate=1", "must not exceed learning_rate"), ("--warmup=-1", "warmup = -1.0 must not be negative"),
     ("--weight_decay=-0.1", "weight_decay = -0.1 must not be negative"),
-    ("--max_steps=0", "max_steps = 0 must be positive"), ("--max_tokens=0", "max_tokens = 0 must be positive"),
+    ("--max_steps=1e20", "max_steps"), ("--max_steps=0", "max_steps = 0 must be positive"), ("--max_tokens=0", "max_tokens = 0 must be positive"),
     ("--eval_interval=0", "eval_interval = 0 must be positive"), ("--max_steps={[]:1}", "max_steps"),
     ("--micro_batch=0", "micro_batch = 0 must be positive"), ("--seed=-1", "seed = -1 must not be negative"),
     ("--seed=100000000000000000000", "seed"), ("--schedule=linear", "must be one of cosine, constant"),
