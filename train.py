@@ -572,7 +572,7 @@ def json_text(path: Path, number: int, line: str) -> str:
 
 
 def prepare(config: Config, tokenizer) -> list[list[np.ndarray]]:
-    """Training and validation tokens, memory-mapped; text is tokenised once and kept under data/."""
+    """Training and validation tokens, memory-mapped unless split cuts anew; text is tokenised once, into data/."""
     files = source_files(config.dataset)
     if files[0].suffix == ".bin":
         return token_shards(files, config.dataset)
@@ -1703,8 +1703,8 @@ def draw_curves(axis, groups: dict, field: str) -> None:
     axis.set(xlabel=field, ylabel="validation cross-entropy, nats per token")
 
 
-def draw_rows(axis, groups: dict, field: None) -> None:
-    """A row a model, the best of a group on top; at its end what became of the runs without a loss."""
+def draw_rows(axis, groups: dict, field: str | None) -> None:
+    """Without a field: a row a model, the best of a group on top; at its end what became of the runs without a loss."""
     names = []
     for i, (group, models) in enumerate(groups.items()):
         for model in by_loss(models):
@@ -1893,8 +1893,8 @@ def screen(judged: dict) -> str:
     width = max(map(len, judged["routing"]))
     lines += ["", EQUAL_LOSS.format(judged["baseline"]), "",
               f"{'':{width}s}  MaxVio  dead experts  entropy  causal  kernels"]
-    form = "{max_violation:6.2f}  {dead_experts:12.1f}  {entropy:7.3f}  {causal:6s}  {kernels}"
-    lines += [f"{name:{width}s}  {form.format(**found) if found else 'no experts'}"
+    row = "{max_violation:6.2f}  {dead_experts:12.1f}  {entropy:7.3f}  {causal:6s}  {kernels}"
+    lines += [f"{name:{width}s}  {row.format(**found) if found else 'no experts'}"
               for name, found in judged["routing"].items()]
     return "\n".join([*lines, "", f"{judged['idea']} is {judged['verdict']}."])
 

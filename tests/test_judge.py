@@ -8,7 +8,6 @@ import json
 import math
 import random
 import re
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
@@ -16,7 +15,6 @@ from statistics import fmean, stdev
 import pytest
 from matplotlib.figure import Figure
 
-import model as m
 import router
 import train as t
 
@@ -36,20 +34,8 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Run `python train.py *arguments` in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            m.run_script(t.main)
-        except SystemExit as leave:
-            code = leave.code
-        return code, *capsys.readouterr()
-
-    return run
+def command(run_train):
+    return run_train
 
 
 def write(runs: str = LADDER, baseline: str | None = "base", **shared) -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean, median, stdev
 
@@ -79,6 +80,7 @@ def says(page: str, *claims: str) -> None:
         assert claim in " ".join(page.split()), claim
 
 
+@cache
 def meaning(command: str) -> train.Config:
     """The config of a command's first run, whatever its folder and seed."""
     args, given = train.parse_command_line(command.split()[2:])

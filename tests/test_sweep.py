@@ -54,20 +54,9 @@ def corpus(folder):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(run_train):
     """Run `python train.py sweep.py *arguments` in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: str, config: str = "sweep.py") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["train.py", str(config), *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            m.run_script(t.main)
-        except SystemExit as leave:
-            code = leave.code
-        return code, *capsys.readouterr()
-
-    return run
+    return lambda *arguments, config="sweep.py": run_train(str(config), *arguments)
 
 
 @pytest.fixture
