@@ -959,8 +959,9 @@ class Run(Keeper):
             print(f"{config.out_dir} is finished after {data.steps} steps; --overwrite starts anew")
             raise Ended(0)
         keep_freed_memory()
-        if config.device.startswith("cuda"):
-            torch.cuda.set_device(config.device)                            # Triton launches on the current device
+        gpu = torch.device(config.device).index                             # None: the one that is current already
+        if gpu is not None:
+            torch.cuda.set_device(gpu)                                      # Triton launches on the current device
 
     def begin(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[Callable[..., Output], int]:
         self.model, self.optimizer = model, optimizer
