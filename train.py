@@ -65,6 +65,8 @@ class Config(ModelConfig):
     plain: bool = False                  # train by the lessons' plain operators, not by their faster versions (Part 2)
     init_from: str = ""                  # start from these weights: Hugging Face folder, or a run's out_dir (Part 2)
     overwrite: bool = False              # throw an earlier run in out_dir away (Part 2)
+    data_parallel: str = "ddp"           # under torchrun: a rank holds the whole model, or "fsdp": a shard (Part 2)
+    expert_parallel: int = 1             # under torchrun: groups of so many ranks share the experts out (Part 2)
 
     def resolve(self) -> "Config":
         """Put the device and precision of this machine in the place of "auto"."""
@@ -73,7 +75,7 @@ class Config(ModelConfig):
         return self
 
 
-PART_2 = ("tokenizer", "compile", "plain", "init_from", "overwrite", "recompute")   # here at their defaults
+PART_2 = ("tokenizer", "compile", "plain", "init_from", "overwrite", "recompute", "data_parallel", "expert_parallel")
 
 
 def load_config(path: str, words: list[str] = ()) -> Config:
@@ -145,6 +147,8 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
 class Data:
     """What the steps are made of: text as bytes. Part 2's Corpus knows other tokenizers and files, and ramps."""
 
+    rank, world = 0, 1          # this process, and of how many that share a step out: see Part 2
+
     def __init__(self, config: Config):
         unit, sides = config.micro_batch * config.seq_len, ([], [])              # sides: for training, for validation
         if (config.batch_tokens or unit) % unit:
@@ -172,7 +176,8 @@ class Data:
         """Inputs and targets (micro_batch, T), as many as make up the step; micro_batch does not change the windows."""
         c, n = self.config, len(self.train)
         tokens, batch = self.position(step)
-        for start in range(tokens // c.seq_len, (tokens + batch) // c.seq_len, c.micro_batch):
+        first, last = tokens // c.seq_len, (tokens + batch) // c.seq_len
+        for start in range(first + self.rank * c.micro_batch, last, self.world * c.micro_batch):
             which = range(start, start + c.micro_batch)
             yield self.train.batch([epoch_order(c.seed, i // n, n)[i % n] for i in which])
 
@@ -257,6 +262,10 @@ class Keeper:
     def micro_batch(self, output: Output, targets: Tensor) -> None:
         self.losses.append(output.ce.detach())
 
+    def clip(self) -> Tensor:
+        """The norm of the whole gradient, which is scaled down to grad_clip where it is longer."""
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+
     def step(self, step: int, norm: Tensor, rate: float) -> None:
         ce, self.losses = torch.stack(self.losses).mean(), []
         if (step + 1) % self.config.log_interval == 0:
@@ -295,8 +304,7 @@ def train(config: Config, keeper: type[Keeper] = Keeper, data: type[Data] = Data
             part.backward()
             loss += part.detach()
             keep.micro_batch(o, y)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        norm = norm + 0 * loss                                 # not finite if the loss is not
+        norm = keep.clip() + 0 * loss                          # not finite if the loss is not
         # A fused step reads found_inf (as from a GradScaler): at 1 it leaves weights and state alone, without a wait.
         optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
@@ -334,6 +342,14 @@ from bisect import bisect_left
 from dataclasses import asdict, replace
 from functools import partial
 
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
 from model import (
     CARDS,
     COMPILED,
@@ -343,6 +359,7 @@ from model import (
     Block,
     MoE,
     attend,
+    compute_dtype,
     count,
     experts,
     ids_of,
@@ -367,11 +384,14 @@ from router import (
     RouterConfig,
     Routing,
     closest,
+    combine,
+    gather,
     place,
     require,
     require_each,
     route,
     run_script,
+    sum_over_ranks,
 )
 
 # --- the configuration, checked ---
@@ -381,22 +401,22 @@ def validate_run(config: Config) -> None:
     """Raise BadInput at the first value that cannot be trained with."""
     validate(config)
     require_each(config, "max_steps max_tokens micro_batch learning_rate eval_interval eval_tokens log_interval "
-                 "checkpoint_interval", lambda n: n > 0, "be positive")
+                 "checkpoint_interval expert_parallel", lambda n: n > 0, "be positive")
     require_each(config, "min_learning_rate warmup decay weight_decay grad_clip seed", lambda n: n >= 0,
                  "not be negative")
     require_each(config, "seed", lambda n: n < 2**32, "be less than 2**32")
     require_each(config, "max_steps max_tokens", lambda n: n < 2**62, "be less than 2**62")
     require_each(config, "dataset tokenizer", lambda text: 0 < len(text) < 1000, "be a name of 1 to 1000 characters")
     require_each(config, "beta1 beta2", lambda x: 0 <= x < 1, "be in [0, 1)")
-    for name, allowed in (("schedule", ("cosine", "constant")), ("dtype", ("float32", "bfloat16"))):
+    for name, allowed in (("schedule", ("cosine", "constant")), ("dtype", ("float32", "bfloat16")),
+                          ("data_parallel", ("ddp", "fsdp"))):
         require_each(config, name, allowed.__contains__, f"be one of {', '.join(allowed)}")
     require(config.min_learning_rate <= config.learning_rate,
             f"min_learning_rate = {config.min_learning_rate} must not exceed learning_rate = {config.learning_rate}")
-    unit, starts = config.micro_batch * config.seq_len, [start for start, _ in ramp(config)]
+    unit, starts = WORLD * config.micro_batch * config.seq_len, [start for start, _ in ramp(config)]
     for _, batch in ramp(config):
-        near = max(1, round(batch / unit)) * unit
-        require(batch > 0 and batch % unit == 0,
-                f"batch_tokens = {batch} must be a multiple of micro_batch * seq_len = {unit}, say {near}")
+        require(batch > 0 and batch % unit == 0, f"batch_tokens = {batch} must be a multiple of micro_batch * seq_len"
+                f"{f' * {WORLD} ranks' * (WORLD > 1)} = {unit}, say {max(1, -(-batch // unit)) * unit}")
     require(starts[0] == 0 and starts == sorted(set(starts)),
             f"batch_tokens = {config.batch_tokens}: a ramp starts at token 0 and goes up")
 
@@ -409,7 +429,7 @@ def ramp(config: Config) -> list[tuple[int, int]]:
         require(len(numbers) == 2 * len(config.batch_tokens) > 0,
                 f"batch_tokens = {config.batch_tokens}: a ramp is a list of (from token, tokens a step) pairs")
         return [(int(start), int(batch)) for start, batch in pairs]
-    return [(0, config.micro_batch * config.seq_len if config.batch_tokens is None else config.batch_tokens)]
+    return [(0, config.batch_tokens or config.micro_batch * config.seq_len * WORLD)]
 
 
 TYPES = typing.get_type_hints(Config)
@@ -747,6 +767,8 @@ class Corpus(Data):
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write beside, flush to disk, rename: a crash at any moment leaves the old checkpoint or the new one, whole."""
+    if RANK:
+        return
     partial = path.with_suffix(".tmp")
     try:
         with open(partial, "wb") as file:
@@ -763,7 +785,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 RUN_FILES = ("config.json", "log.jsonl", "ckpt.pt", "result.json", "loss.png", "experts.png")      # and an empty lock
 ANEW = "give another out_dir, or --overwrite to start anew"
-MAY_CHANGE = {"overwrite", "out_dir", "log_interval", "checkpoint_interval"}     # they leave the run's numbers alone
+MAY_CHANGE = {"overwrite", "out_dir", "log_interval", "checkpoint_interval",     # they leave the run's numbers alone,
+              "data_parallel", "expert_parallel"}                                # these but for rounding
 
 
 def open_run(config: Config, data: int) -> dict | None:
@@ -810,6 +833,8 @@ def lock(out: Path) -> None:
         import fcntl
     except ImportError:
         return
+    if RANK:
+        return
     if lock.file:
         lock.file.close()
     lock.file = open(out / "lock", "w")  # noqa: SIM115 (held open: that is the lock)
@@ -823,9 +848,10 @@ lock.file = None
 
 
 def write_text_file(path: Path, text: str) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text)
-    partial.replace(path)
+    if RANK == 0:
+        partial = path.with_suffix(".tmp")
+        partial.write_text(text)
+        partial.replace(path)
 
 
 def logged_before(line: str, step: int) -> bool:
@@ -937,9 +963,15 @@ class Ended(Exception):
 
 def run(config: Config) -> int:
     """Train, and keep the run as Run does; returns the exit code: 0 done or interrupted and saved, or DIVERGED."""
+    table, n = PLAIN if config.plain else COMPILED if config.compile else FAST, config.expert_parallel
+    require(UNDER_TORCHRUN or (config.data_parallel == "ddp" and n == 1), "data_parallel = 'fsdp' and expert_parallel "
+            "are for several processes: torchrun --standalone --nproc_per_node=2 train.py CONFIG ...")
+    check_ranks(config, WORLD)
+    if n > 1:
+        table = table._replace(experts=experts_of_ranks(table.experts, mesh(n)["experts"].get_group()))
     try:
-        with using(PLAIN if config.plain else COMPILED if config.compile else FAST):
-            train(config, Run, Corpus)
+        with using(table):
+            train(config, *((keep_on_ranks, in_turn(RankCorpus)) if UNDER_TORCHRUN else (Run, Corpus)))
     except Ended as end:
         return end.code
     return 0
@@ -1004,23 +1036,29 @@ class Run(Keeper):
         stats = {name: torch.stack([part[1][name].float() for part in self.parts]).mean(0) for name in self.parts[0][1]}
         self.pending.append((step, rate, self.bytes_read, torch.cat((losses, norm.detach().view(1))), stats))
         self.parts, self.bytes_read = [], 0
-        stopping = list(self.stop)                                          # looked at once a step: save all or nothing
+        stopping = self.stopping()                                          # looked at once a step: save all or nothing
         last = step + 1 == self.data.steps
         save = (step + 1) % self.config.checkpoint_interval == 0 or last or stopping
         if save or (step + 1) % self.config.log_interval == 0:
             self.flush()
-            if self.longest_streak >= 10:
+            if self.longest_streak >= 10 and RANK == 0:
                 print(f"error: ten steps in a row were not finite, stopping at step {step}; the checkpoint in "
                       f"{self.out} is the last good one: try a lower learning_rate", file=sys.stderr)
+            if self.longest_streak >= 10:
                 raise Ended(DIVERGED)
         if save and (self.streak == 0 or last):
-            save_checkpoint(self.out / "ckpt.pt", {
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step + 1,
-                "seconds": self.seconds, "skipped": self.skipped})
+            save_checkpoint(self.out / "ckpt.pt", self.states() | {
+                "step": step + 1, "seconds": self.seconds, "skipped": self.skipped})
         if stopping and not last:
             what = "saved" if self.streak == 0 else "the checkpoint before its last, not finite, steps is kept"
             print(f"stopped by {stopping[0]} after step {step}: {what}; the same command continues")
             raise Ended(0)
+
+    def stopping(self) -> list[str]:
+        return list(self.stop)
+
+    def states(self) -> dict[str, dict]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def flush(self) -> None:
         """Write the pending steps, and print the last. Reading the first number waits for the device."""
@@ -1065,8 +1103,10 @@ class Run(Keeper):
 
     def end(self, evaluate: Callable[[], tuple[float, float]]) -> None:
         """result.json, the figures and a sample of text: what a run leaves behind."""
+        self.leave(*self.evaluation(self.data.steps, evaluate))
+
+    def leave(self, ce: float, bits: float) -> None:
         config, out = self.config, self.out
-        ce, bits = self.evaluation(self.data.steps, evaluate)
         sizes = budget(config)
         result = {
             "name": out.name, "status": "done", "loss": ce, "bits_per_byte": bits, **sizes,
@@ -1079,7 +1119,12 @@ class Run(Keeper):
         write_text_file(out / "result.json", json.dumps(result, indent=1))  # last: it says that the run is finished
         figures = "loss.png, experts.png" if config.n_expert > 1 else "loss.png"
         print(f"done: {ce:.4f} nats a token, {bits:.4f} bits a byte after {sizes['tokens']:,} tokens in "
-              f"{self.seconds:.0f} s; {out}/ holds result.json, {figures}\n--- a sample ---")
+              f"{self.seconds:.0f} s; {out}/ holds result.json, {figures}")
+        self.show_sample()
+
+    def show_sample(self) -> None:
+        config = self.config
+        print("--- a sample ---")
         prompt = "import " if config.dataset == "stdlib" else ""
         n_token = min(200, config.max_seq_len - len(prompt) - 1)
         if n_token > 0:
@@ -1092,7 +1137,7 @@ def catch_signals() -> list[str]:
     caught: list[str] = []
 
     def handler(number, frame):
-        if caught:
+        if caught and not UNDER_TORCHRUN:                    # (it passes one on that may have come already)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         caught.append(signal.Signals(number).name)
@@ -1123,6 +1168,250 @@ def budget(config: Config) -> dict:
     return {"n_total": sizes["total" + suffix], "n_active": sizes["active" + suffix],
             "n_active_without_embeddings": sizes["active"] - sizes["embedding"], "n_expert": config.n_expert,
             "top_k": config.top_k, "steps": last, "tokens": tokens, "flops": sizes["flops_per_token"] * tokens}
+
+
+# --- more than one process: torchrun starts train.py on every rank, torch.distributed connects them ---
+# Rank r of a world of W takes every W-th micro-batch of a step. "ddp": each rank holds the model, and gradients are
+# averaged. "fsdp": each holds a W-th of every matrix, gathered for a block while it computes. Expert parallelism, with
+# "ddp": each rank of a group of n holds E / n experts, and tokens travel. Only rank 0 prints and writes.
+
+
+RANK, WORLD, UNDER_TORCHRUN = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), "RANK" in os.environ
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[None]:
+    """Connect the processes that torchrun started: NCCL between GPUs, gloo between CPUs. Alone: nothing."""
+    if not UNDER_TORCHRUN:
+        yield
+        return
+    if torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    with contextlib.redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
+        try:
+            yield
+        except BadInput:
+            if RANK == 0:
+                raise
+            sys.exit(2)                                                     # rank 0 says it for all
+    dist.destroy_process_group()
+
+
+def gathered(thing) -> list:
+    """What each rank has here, by rank."""
+    things = [thing] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def in_turn(make: Callable) -> Callable:
+    """`make`, done by rank 0 first, which writes what the others read; where it ends on one, it ends on all."""
+
+    def made(*arguments):
+        result = ended = None
+        for turn in (False, True):
+            if (RANK > 0) == turn:
+                try:
+                    result = make(*arguments)
+                except (BadInput, Ended, OSError) as error:
+                    ended = error
+            ended = next(filter(None, gathered(ended)), None)
+            if ended:
+                raise ended
+        return result
+
+    return made if WORLD > 1 else make
+
+
+@lru_cache
+def mesh(n: int) -> DeviceMesh:
+    """The world as groups of n ranks: "experts" along a group, "replicas" across groups."""
+    kind = "cuda" if torch.cuda.device_count() else "cpu"
+    return init_device_mesh(kind, (WORLD // n, n), mesh_dim_names=("replicas", "experts"))
+
+
+def check_ranks(config: Config, world: int) -> None:
+    """Raise BadInput where a world of so many ranks cannot train this."""
+    n = config.expert_parallel
+    require(config.data_parallel == "ddp" or n == 1, f"expert_parallel = {n} goes with data_parallel = 'ddp' alone")
+    if n > 1:
+        require(config.n_expert > 1 and len(config.widths) == 1,
+                f"expert_parallel = {n} needs experts of one width, not expert_groups and not n_expert = 1")
+        require(config.n_expert % n == 0 and world % n == 0, f"expert_parallel = {n} must divide n_expert = "
+                f"{config.n_expert} and the number of processes, {world}")
+
+
+def experts_of_ranks(experts: Callable, group: dist.ProcessGroup) -> Callable:
+    """The table's `experts` where each rank of a group holds E / n of them: a row travels to the rank of its expert, is
+    multiplied there, by the `experts` given, and travels back. The host must know how many rows: it waits for a GPU."""
+
+    def over_ranks(x: Tensor, routing: Routing, w: MoE) -> Tensor:
+        mine = routing.counts.view(group.size(), -1)                        # (n, E / n): my rows, by rank and expert
+        here = torch.empty_like(mine)                                       # (n, E / n): rows for my experts, by rank
+        dist.all_to_all_single(here, mine, group=group)
+        sizes, sizes_here = mine.sum(1).tolist(), here.sum(1).tolist()
+        rows = gather(x.to(compute_dtype(x)), routing.slot)                 # (R, D) in expert order, so by rank too
+        rows = all_to_all_single_autograd(rows, sizes_here, sizes, group)
+        e = torch.arange(here.shape[1], device=x.device).repeat(len(here)).repeat_interleave(here.flatten())[:, None]
+        there = Routing(torch.ones_like(e, dtype=torch.float32), e, *place(e, here.shape[1]), here.sum(0), {}, {})
+        rows = all_to_all_single_autograd(experts(rows, there, w), sizes, sizes_here, group)
+        slot = routing.slot.flatten().long()
+        weight = torch.zeros_like(routing.weights).flatten().scatter(0, slot, routing.weights.flatten())
+        return combine(rows * weight[:, None].to(rows.dtype), routing.slot)
+
+    return over_ranks
+
+
+class OnRanks(nn.Module):
+    """A forward pass on all ranks: its numbers are those of all their rows together, its gradients of one's own."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, y: Tensor) -> Output:
+        share = 1 / WORLD
+        if not self.training:                                               # one micro-batch, its rows shared out (a
+            share = len(x[RANK::WORLD]) / len(x)                            # rank without one takes part all the same)
+            x, y = (x[RANK::WORLD], y[RANK::WORLD]) if share else (x[:1], y[:1])
+        o = self.model(x, y)
+        numbers = [o.ce, o.balance, o.z, *o.stats.values()]
+        means = sum_over_ranks(torch.cat([n.detach().float().flatten() for n in numbers]) * share)
+        means = [part.view_as(n) for part, n in zip(means.split([n.numel() for n in numbers]), numbers)]
+        # DDP and FSDP2 average gradients over ranks, and a step's gradient is a sum over its micro-batches: times W.
+        losses = [WORLD * n + (mean - WORLD * n).detach() for n, mean in zip(numbers[:3], means)]
+        return Output(None, *losses, dict(zip(o.stats, means[3:])))
+
+
+class RankCorpus(Corpus):
+    rank, world = RANK, WORLD
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        n = self.position(step)[1] // (self.config.micro_batch * self.config.seq_len * WORLD)
+        torch.manual_seed(torch.initial_seed() + (RANK << 48))              # noise of its own
+        for i, batch in enumerate(super().micro_batches(step), 1):
+            self.synchronise(i == n)                                        # gradients, after the last one alone
+            yield batch
+
+
+class RankRun(Run):
+    """A Run on many ranks. Its checkpoint does not know how many: gathered, it is that of a single process."""
+
+    def begin(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[Callable[..., Output], int]:
+        c, names = self.config, {p: name for name, p in model.named_parameters()}
+        self.names = [names[p] for group in optimizer.param_groups for p in group["params"]]       # in its order
+        self.split = split_experts(model, c.expert_parallel) if c.expert_parallel > 1 else []
+        if c.data_parallel == "fsdp":
+            for module in (*model.blocks, model):
+                fully_shard(module, mesh=mesh(1)["replicas"])
+        self.parameters = dict(model.named_parameters())                    # split or sharded
+        left = iter(self.names)
+        for group in optimizer.param_groups:
+            group["params"] = [self.parameters[next(left)] for _ in group["params"]]
+        if self.state:
+            self.state |= self.each(self.cut, self.state["model"], self.state["optimizer"])
+        if self.given:
+            self.given = {name: self.cut(name, t) for name, t in self.given.items()}
+        forward, start = super().begin(model, optimizer)
+        require(len({*gathered(start)}) == 1, f"{self.out} must be a folder that every rank sees")
+        if c.data_parallel == "ddp":
+            alone = [name for name, p in forward.named_parameters() if any(p is one for one in self.split)]
+            alone += [name for name, _ in forward.named_buffers()]          # (a rank's own counts of the load)
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(forward, alone)
+            forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+            self.data.synchronise = partial(setattr, forward, "require_backward_grad_sync")
+        else:
+            self.data.synchronise = model.set_requires_gradient_sync
+        self.peak = self.peak and WORLD * self.peak
+        return OnRanks(forward), start
+
+    def each(self, change: Callable[[str, Tensor], Tensor], model: dict, optimizer: dict) -> dict:
+        """A checkpoint's two dictionaries, each tensor changed by what its parameter is called."""
+        moments = {i: {key: change(self.names[i], t) for key, t in state.items()}
+                   for i, state in optimizer["state"].items()}
+        return {"model": {name: change(name, t) for name, t in model.items()},
+                "optimizer": optimizer | {"state": moments}}
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        """What this rank holds of a parameter, or of one of its moments."""
+        p = self.parameters.get(name)                                       # (none: a buffer, and it has it whole)
+        if isinstance(p, DTensor) and whole.dim():
+            return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        if any(p is one for one in self.split) and whole.dim():
+            return my_experts(whole, self.config.expert_parallel)
+        return whole
+
+    def whole(self, name: str, mine: Tensor) -> Tensor:
+        """`cut` undone. On all ranks at once."""
+        if mine.dim() and any(self.parameters.get(name) is one for one in self.split):
+            mine = DTensor.from_local(mine.detach(), mesh(self.config.expert_parallel)["experts"], [Shard(0)])
+        if isinstance(mine, DTensor):
+            mine = mine.full_tensor()
+            mine = mine.cpu() if RANK == 0 else mine[:0]                    # not all of them on every GPU at once
+        return mine
+
+    def states(self) -> dict:
+        return self.each(self.whole, *super().states().values())
+
+    def clip(self) -> Tensor:
+        """The norm of the whole gradient: what each rank holds alone is added up over its group."""
+        n = self.config.expert_parallel
+        for p in self.split:
+            dist.all_reduce(p.grad, group=mesh(n)["replicas"].get_group())
+            p.grad /= WORLD
+        own, all_parameters = {*self.split}, [*self.parameters.values()]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in all_parameters if p not in own])
+        if own:
+            square = torch.nn.utils.get_total_norm([p.grad for p in self.split]).square()
+            dist.all_reduce(square, group=mesh(n)["experts"].get_group())
+            norm = (norm.square() + square).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(all_parameters, self.config.grad_clip or math.inf, norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def stopping(self) -> list[str]:
+        """A signal to one rank stops all, after the same step."""
+        told = sum_over_ranks(torch.tensor(len(self.stop)))
+        return (self.stop or ["a signal to another rank"]) if told else []
+
+    def step(self, step: int, norm: Tensor, rate: float) -> None:
+        self.bytes_read = sum_over_ranks(self.bytes_read)
+        super().step(step, norm, rate)
+
+    def write(self, line: dict) -> None:
+        if RANK == 0:
+            super().write(line)
+
+
+    def leave(self, ce: float, bits: float) -> None:
+        if RANK == 0:
+            super().leave(ce, bits)
+
+    def show_sample(self) -> None:
+        print(f"python model.py {self.out} writes a sample")
+
+
+def keep_on_ranks(config: Config, data: RankCorpus) -> RankRun:
+    """A RankRun, if all ranks are about to do the same."""
+    here = as_json(config) | {"data": fingerprint(data.train), "torch": torch.__version__}
+    first, *others = gathered(here)
+    for rank, other in enumerate(others, 1):
+        differ = [f"{name} {first[name]!r} -> {other[name]!r}" for name in first if first[name] != other[name]]
+        require(not differ, f"rank {rank} is about to train something else than rank 0: {'; '.join(differ)}")
+    return in_turn(RankRun)(config, data)
+
+
+def split_experts(model: Model, n: int) -> list[nn.Parameter]:
+    """Leave each rank of a group of n its own experts alone; returns their parameters."""
+    lists = [matrices for block in model.blocks if block.moe for matrices in (block.ffn.w_in, block.ffn.w_out)]
+    for matrices in lists:
+        matrices[0] = nn.Parameter(my_experts(matrices[0].detach(), n))
+    return [matrices[0] for matrices in lists]
+
+
+def my_experts(whole: Tensor, n: int) -> Tensor:
+    return whole.chunk(n)[RANK % n].clone()
 
 
 # --- the figures of a run, from its log alone ---
@@ -1999,20 +2288,29 @@ def numbers(value: Tensor | tuple, n_token: int) -> str:
 
 
 def main(argv: list[str]) -> None:
+    with ranks():
+        code = command(argv)
+    sys.exit(code)
+
+
+def command(argv: list[str]) -> int | None:
+    """What the words ask for; returns the exit code."""
     if argv[:1] in (["draw"], ["trace"]):
         return {"draw": draw, "trace": trace}[argv[0]](argv[1:])
     if argv[:1] == ["--run"]:
-        sys.exit(train_alone(Config(**json.loads(argv[1]))))
+        return train_alone(Config(**json.loads(argv[1])))
     judging = argv[:1] == ["judge"]
     args, given = parse_command_line(argv[judging:])
-    runs = (read_judged if judging else read_runs)(args.config, given, args.seeds, args.scale)
+    runs = in_turn(read_judged if judging else read_runs)(args.config, given, args.seeds, args.scale)
     require(args.dry_run or not args.json, "--json prints sizes: give it --dry_run")
     if args.dry_run:
         return dry_run(select(runs, args.only), args.json)
     if runs[0].name:
-        sys.exit(sweep(args, runs, give_verdict if judging else summarise))
+        require(not UNDER_TORCHRUN, f"{args.config} is a sweep, whose runs are processes of their own: "
+                f"python train.py {args.config} --parallel")
+        return sweep(args, runs, give_verdict if judging else summarise)
     require(not (args.report or args.only or args.parallel is not None), f"{args.config} is one run, not a sweep")
-    sys.exit(run(runs[0].config))
+    return run(runs[0].config)
 
 
 def draw(argv: list[str]) -> None:
