@@ -506,6 +506,7 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     add("--scale", type=literal, default=1, help="what the name `scale` stands for in the file")
     add("--dry_run", action="store_true", help="only the sizes of each run, FLOPs, does it fit here")
     add("--json", action="store_true", help="with --dry_run: the sizes as JSON")
+    add("--world", type=literal, help="with --dry_run: what each of so many processes holds and sends")
     add = parser.add_argument_group("sweeps, files with several runs").add_argument
     add("--report", action="store_true", help="only the summary of what there is so far")
     add("--only", action="append", type=lambda text: text.split(","), help="only these runs")
@@ -931,10 +932,15 @@ class DoesNotFit(BadInput):
 
 def check_memory(config: Config) -> tuple[int, int]:
     """(bytes the run needs, bytes there are); DoesNotFit with the fix if that is too little."""
-    need, free = memory(config, config.micro_batch, config.dtype)["total"], free_memory(config.device)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if config.device == "cpu" else 1      # ranks beside this one
+
+    def needs(**smaller) -> float:
+        return here * on_one_rank(replace(config, batch_tokens=None, **smaller), WORLD)[0]["total"]
+
+    need, free = needs(), free_memory(config.device)
     if need > free:
         fits = [(b, t) for t in (config.seq_len >> i for i in range(8)) for b in (config.micro_batch, 1)
-                if t and memory(replace(config, seq_len=t), b, config.dtype)["total"] < free]
+                if t and needs(seq_len=t, micro_batch=b) < free]
         fix = ("--micro_batch={} --seq_len={} would fit".format(*fits[0]) if fits else
                "weights, gradients and optimizer alone are too many: use a smaller model")
         need, free = need / 2**30, free / 2**30
@@ -1243,6 +1249,32 @@ def check_ranks(config: Config, world: int) -> None:
                 f"{config.n_expert} and the number of processes, {world}")
 
 
+LINKS = {"NVLink": 450e9, "InfiniBand": 50e9}    # bytes/s a GPU sends: among the 8 of an H100 machine; between machines
+
+
+def on_one_rank(config: Config, world: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes a rank holds in a step, and bytes it sends in one, by part: by rings, and with an even load."""
+    c, n, held = config, config.expert_parallel, memory(config, config.micro_batch, config.dtype)
+    layers = c.n_layer - c.first_dense_layers if c.n_expert > 1 else 0
+    params = held["weights"] / 4
+    del held["total"]
+    split = layers * 3 * c.d_model * sum(number * width for number, width in c.widths) * (n > 1)
+    root = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+    fsdp, n_micro = c.data_parallel == "fsdp", max(1, ramp(c)[-1][1] // (world * c.micro_batch * c.seq_len))
+    mine = params / world if fsdp else params - split + split / n
+    rows = layers * c.micro_batch * c.seq_len * c.top_k * c.d_model * (2 if c.dtype == "bfloat16" else 4)
+    held |= {part: held[part] * mine / params for part in ("weights", "gradients", "optimizer")}
+    block = (params - root) / c.n_layer
+    held["gathered"] = 2 * 4 * (root + 2 * block) * fsdp                    # of embedding, a block, the next: weights,
+    held["exchanged"] = 2 * rows * (n > 1)                                  # gradients; rows that came, and came back
+    held["total"] = sum(held.values())
+    others, other_replicas, other_owners = ((k - 1) / k for k in (world, world // n, n))
+    reduced = 4 * (params - split) * others + 4 * split / n * other_replicas
+    sent = {"all-reduce": 2 * reduced * (not fsdp), "all-gather": 2 * n_micro * 4 * params * others * fsdp,
+            "reduce-scatter": n_micro * 4 * params * others * fsdp, "all-to-all": 4 * n_micro * rows * other_owners}
+    return held, sent
+
+
 def experts_of_ranks(experts: Callable, group: dist.ProcessGroup) -> Callable:
     """The table's `experts` where each rank of a group holds E / n of them: a row travels to the rank of its expert, is
     multiplied there, by the `experts` given, and travels back. The host must know how many rows: it waits for a GPU."""
@@ -1292,8 +1324,11 @@ class RankCorpus(Corpus):
         n = self.position(step)[1] // (self.config.micro_batch * self.config.seq_len * WORLD)
         torch.manual_seed(torch.initial_seed() + (RANK << 48))              # noise of its own
         for i, batch in enumerate(super().micro_batches(step), 1):
-            self.synchronise(i == n)                                        # gradients, after the last one alone
+            self.synchronise(i == n)
             yield batch
+
+    def synchronise(self, last: bool) -> None:
+        """DDP's, once it is there: average gradients after the last alone. (FSDP2 would have to keep whole ones.)"""
 
 
 class RankRun(Run):
@@ -1322,8 +1357,6 @@ class RankRun(Run):
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(forward, alone)
             forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
             self.data.synchronise = partial(setattr, forward, "require_backward_grad_sync")
-        else:
-            self.data.synchronise = model.set_requires_gradient_sync
         self.peak = self.peak and WORLD * self.peak
         return OnRanks(forward), start
 
@@ -1697,6 +1730,40 @@ def dry_run(runs: list[Trial], as_json: bool) -> None:
           "run ties them")
     if not runs[0].name:
         print_sizes(*costs[0][1:3])
+
+
+def dry_run_world(config: Config, world: int, as_json: bool) -> None:
+    """What a rank of `world` holds and sends in a step, for each way to train the config on so many."""
+    require(type(world) is int and world > 1, f"--world={world} must be a number of processes, 2 or more")
+    modes = {"ddp": {}, "fsdp": {"data_parallel": "fsdp"}}
+    modes |= {f"experts / {n}": {"expert_parallel": n} for n in (2, 4, 8)}
+    found = {}
+    for mode, changes in modes.items():
+        with contextlib.suppress(BadInput):                                 # a way that does not divide
+            c = replace(config, **({"data_parallel": "ddp", "expert_parallel": 1} | changes))
+            check_ranks(c, world)
+            held, sent = on_one_rank(c, world)
+            found[mode] = {"held": held, "sent": sent, "seconds": seconds_on_h100(c, world, sent)}
+    if as_json:
+        return print(json.dumps(found))
+    unit, batch = world * config.micro_batch * config.seq_len, ramp(config)[-1][1]
+    print(f"a rank of {world}, {config.dtype}, a step of {max(1, batch // unit)} micro-batches a rank, "
+          f"{max(unit, batch):,} tokens in all")
+    for part, unit, power in (("held", "GiB", 2**30), ("sent", "GiB a step", 2**30), ("seconds", "on H100s", 1)):
+        print(f"\n{part + ', ' + unit:26s}" + "".join(f"{mode:>14s}" for mode in found))
+        for name in next(iter(found.values()))[part]:
+            print(f"  {name:24s}" + "".join(f"{one[part][name] / power:14.3f}" for one in found.values()))
+
+
+def seconds_on_h100(config: Config, world: int, sent: dict[str, float]) -> dict[str, float]:
+    """By data sheet: matrix products at the full rate, and what is sent at that of the link: floors, both."""
+    link = LINKS["NVLink" if world <= 8 else "InfiniBand"]
+    tokens = max(ramp(config)[-1][1] / world, config.micro_batch * config.seq_len)
+    rate = CARDS["H100"].bfloat16 if config.dtype == "bfloat16" else CARDS["H100"].float32
+    within = LINKS["NVLink"] if config.expert_parallel <= 8 else link       # a group of experts is in one machine
+    exchange = sent["all-to-all"] / within
+    return {"computing": count(config)["flops_per_token"] * tokens / rate,
+            "sending": exchange + (sum(sent.values()) - sent["all-to-all"]) / link}
 
 
 def print_sizes(sizes: dict[str, int], need: dict[str, int]) -> None:
@@ -2303,6 +2370,10 @@ def command(argv: list[str]) -> int | None:
     args, given = parse_command_line(argv[judging:])
     runs = in_turn(read_judged if judging else read_runs)(args.config, given, args.seeds, args.scale)
     require(args.dry_run or not args.json, "--json prints sizes: give it --dry_run")
+    if args.dry_run and args.world is not None:
+        require(not runs[0].name, "--world is for the sizes of one run, not of a sweep")
+        return dry_run_world(runs[0].config, args.world, args.json)
+    require(args.world is None, "--world prints sizes: give it --dry_run")
     if args.dry_run:
         return dry_run(select(runs, args.only), args.json)
     if runs[0].name:
