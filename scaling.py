@@ -400,6 +400,7 @@ def band(values: Array, *estimate: float) -> list[float]:
 import argparse
 import csv
 import json
+import os
 import re
 import shlex
 import sys
@@ -1125,12 +1126,16 @@ def main(argv: list[str]) -> int:
                 verb.add_argument(flag, **how, help=text)
     try:
         args = parser.parse_args(argv or ["tables"])
+        require([] not in [value for name, value in vars(args).items() if name != "pin"], "a value is missing: --x=--")
         args.command = shlex.join(["python", "scaling.py", *argv])
         result = VERBS[args.verb](args)
         if args.json:
             write(args.json, json.dumps(clean(result)) + "\n")
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except (BadInput, OSError, ArithmeticError, MemoryError) as error:
+        print("error: " + " ".join(f"{error or 'out of memory'}".splitlines()), file=sys.stderr)
         return 2
     if not argv:
         print()
@@ -1138,5 +1143,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def run_script() -> None:
+    """main; a pipe that nobody reads and Ctrl-C are quiet."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None: the shell has closed it)
+    sys.stdout.reconfigure(errors="replace")
+    code = 130
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except (KeyboardInterrupt, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or the exit would meet it again
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script()

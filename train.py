@@ -330,7 +330,6 @@ import linecache
 import os
 import platform
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -360,6 +359,7 @@ from model import (
     MoE,
     attend,
     compute_dtype,
+    convert,
     count,
     experts,
     ids_of,
@@ -372,9 +372,9 @@ from model import (
     memory,
     optional,
     reader,
+    spare,
     using,
     validate,
-    whole_groups,
     write_text,
 )
 from router import (
@@ -385,7 +385,9 @@ from router import (
     Routing,
     closest,
     combine,
+    drop_output,
     gather,
+    out_of_memory,
     place,
     require,
     require_each,
@@ -444,10 +446,11 @@ def read_config(path: str, overrides: dict | None = None) -> Config:
 
 def read_file(path: str, scale: float = 1) -> dict:
     """The names a config file sets. It may use one it does not set: `scale`, the number behind --scale."""
-    require(Path(path).is_file() and path.endswith(".py"), f"{path} is no config file; configs/tiny.py is one")
+    found = next((p for p in (Path(path), Path(__file__).parent / path) if is_file(p)), None)      # from anywhere
+    require(found is not None and path.endswith(".py"), f"{path} is no config file; configs/tiny.py is one")
     require(type(scale) in (int, float) and 0 < scale < math.inf, f"--scale={scale} must be a positive number")
     try:
-        names = runpy.run_path(path, {"scale": scale})
+        names = runpy.run_path(str(found), {"scale": scale})
     except (Exception, SystemExit) as error:
         raise BadInput(f"{path} does not run: {type(error).__name__}: {error}") from None
     require(names.pop("scale", None) is scale, f"{path} sets scale, which is the command line's: --scale=N")
@@ -466,7 +469,7 @@ def make_config(values: dict, out_dir: str, chosen: dict) -> Config:
     for name in values:
         known = [*TYPES, "runs", "seeds", "name", "group", "along", "baseline"]
         require(name in TYPES, f"{name} is no config field{closest(name, known)}")
-    config = Config(**{name: convert(name, value) for name, value in values.items()}).resolve()
+    config = Config(**{name: convert(name, value, TYPES[name]) for name, value in values.items()}).resolve()
     config.out_dir = config.out_dir or out_dir
     kind, _, number = config.device.partition(":")
     require(kind in ("cpu", "cuda", "mps") and (number.isdigit() or ":" not in config.device),
@@ -476,19 +479,6 @@ def make_config(values: dict, out_dir: str, chosen: dict) -> Config:
             f"device = {config.device!r}: this machine has {torch.cuda.device_count()} CUDA GPUs; use device = 'cpu'")
     validate_run(config)
     return config
-
-
-def convert(name: str, value):
-    """value as the type its field has (1e9 is a whole number, 1 a fraction), or BadInput."""
-    allowed = typing.get_args(TYPES[name]) or (TYPES[name],)
-    if isinstance(value, float) and float not in allowed and value.is_integer():
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and int not in allowed and float in allowed:
-        value = float(value) if abs(value) < 1e300 else math.inf
-    fits = type(value) in allowed and not (isinstance(value, float) and not math.isfinite(value))
-    wanted = " or ".join(t.__name__ for t in allowed)
-    require(fits, f"{name} = {value!r} must be {wanted.replace('NoneType', 'None')}")
-    return whole_groups(value) if name == "expert_groups" and value is not None else value
 
 
 def field_help() -> dict[str, str]:
@@ -507,6 +497,7 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     add("--dry_run", action="store_true", help="only the sizes of each run, FLOPs, does it fit here")
     add("--json", action="store_true", help="with --dry_run: the sizes as JSON")
     add("--world", type=literal, help="with --dry_run: what each of so many processes holds and sends")
+    add("--previous", action="store_true", help="go on from the checkpoint before the last one, which is thrown away")
     add = parser.add_argument_group("sweeps, files with several runs").add_argument
     add("--report", action="store_true", help="only the summary of what there is so far")
     add("--only", action="append", type=lambda text: text.split(","), help="only these runs")
@@ -535,7 +526,8 @@ def literal(text: str):
 # --- text to tokens on disk ---
 
 
-TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet", ".bin")
+ROWS = (".jsonl", ".jsonl.gz", ".parquet")           # files of many documents
+TEXT_SUFFIXES = (".txt", ".md", ".py", *ROWS, ".bin")
 
 
 def source_files(dataset: str) -> list[Path]:
@@ -612,7 +604,7 @@ def prepare(config: Config, tokenizer) -> list[list[np.ndarray]]:
 def read_tokens(folder: Path, side: str, dtype: str) -> np.ndarray:
     """The tokens that tokenise wrote for a side, as many as its manifest says."""
     path = folder / f"{side}.bin"
-    n = read_json(folder / "manifest.json", "tokens").get("tokens", {}).get(side)
+    n = read_json(folder / "manifest.json", tokens=dict).get("tokens", {}).get(side)
     size = n * np.dtype(dtype).itemsize if isinstance(n, int) else -1
     require(path.is_file() and path.stat().st_size == size,
             f"{path} is not what {folder}/manifest.json says: delete {folder}, and it is made again")
@@ -631,24 +623,37 @@ def split(sides: list[np.ndarray], seq_len: int) -> list[list[np.ndarray]]:
 def tokenise(files: list[Path], tokenizer, folder: Path, manifest: dict) -> None:
     """Write train.bin, val.bin and manifest.json into a temporary folder, renamed when it is complete."""
     print(f"tokenising {len(files)} files into {folder}", flush=True)
+    for old in folder.parent.glob("*.tmp"):                     # of runs that were killed while they wrote it
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > 60 and (owner := hold(old / "lock")):
+                owner.close()
+                shutil.rmtree(old, ignore_errors=True)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)                  # of a killed run that had this process id
     partial.mkdir(parents=True)
-    counts = {"train": 0, "val": 0}
+    owner, counts, empty = hold(partial / "lock"), {"train": 0, "val": 0}, 0
     try:
         with open(partial / "train.bin", "wb") as train, open(partial / "val.bin", "wb") as val:
-            for text in itertools.chain.from_iterable(map(texts, files)):
+            for path, text in ((file, text) for file in files for text in texts(file)):
+                if not text and path.name.endswith(ROWS):       # (an empty file is a document, as in the lesson)
+                    empty += 1
+                    continue
                 ids = np.array([*tokenizer.encode_ordinary(text), tokenizer.eot_token], manifest["dtype"])
                 held_out = is_held_out(text.encode())
                 (val if held_out else train).write(ids.tobytes())
                 counts["val" if held_out else "train"] += len(ids)
-        require(sum(counts.values()) > len(files), f"dataset {manifest['dataset']} holds no text")
+        require(sum(counts.values()) > len(files) * (not empty), f"dataset {manifest['dataset']} holds no text")
+        if empty:
+            print(f"{empty:,} empty documents are left out")
+        owner.close()
+        (partial / "lock").unlink()
         (partial / "manifest.json").write_text(json.dumps(manifest | {"tokens": counts}, indent=1))
         try:
             partial.rename(folder)
         except OSError:                                                    # another run may have been faster
             require((folder / "manifest.json").is_file(), f"{folder} is in the way: delete it")
     finally:
+        owner.close()
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -781,10 +786,51 @@ def save_checkpoint(path: Path, state: dict) -> None:
         room = shutil.disk_usage(path.parent).free / 2**30
         raise BadInput(f"{path} cannot be written ({str(error)[:99]}; {room:.2f} GiB are free there): the checkpoint "
                        "before it is whole; make room, and the same command continues") from None
+    previous = path.with_suffix(".prev.pt")
+    previous.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):                            # (a file system without links keeps no second one)
+        os.link(path, previous)
     partial.replace(path)
 
 
-RUN_FILES = ("config.json", "log.jsonl", "ckpt.pt", "result.json", "loss.png", "experts.png")      # and an empty lock
+def go_back(config: Config) -> None:
+    """--previous: put the checkpoint before the last in its place; the run is then no longer finished."""
+    out = Path(config.out_dir)
+    previous = out / "ckpt.prev.pt"
+    require(previous.is_file(), f"{previous} is not there: {ANEW}")
+    changed = differences(read_json(out / "config.json"), as_json(config))
+    require(not changed, f"{out} holds a run with another config ({'; '.join(changed)})")
+    lock(out)
+    (out / "result.json").unlink(missing_ok=True)
+    previous.replace(out / "ckpt.pt")
+
+
+def fits(state: dict, config: Config) -> bool:
+    """Whether a checkpoint whose weights fit is whole: its counts, and AdamW's two means of each weight with a gradient
+    (gates of routers that do not look at logits have none)."""
+    with torch.device("meta"):
+        model = Model(config)
+    groups = parameter_groups(model, config.weight_decay)
+    shapes = [p.shape for group in groups for p in group["params"]]
+    try:
+        means = state["optimizer"]["state"]
+        return (type(state["step"]) is type(state["skipped"]) is int and type(state["seconds"]) is float
+                and 0 < state["step"] <= total_steps(config) and len(means) >= len(shapes) - config.n_layer
+                and [len(group["params"]) for group in state["optimizer"]["param_groups"]] == [
+                    len(group["params"]) for group in groups]
+                and all(one["exp_avg"].shape == one["exp_avg_sq"].shape == shapes[i] and one["step"].numel() == 1
+                        for i, one in means.items()))
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return False
+
+
+def all_finite(state: dict) -> bool:
+    """Whether every weight and every mean of AdamW's is; a step that is finite may leave some that are not."""
+    means = [x for of_weight in state["optimizer"]["state"].values() for x in of_weight.values()]
+    return all(bool(x.isfinite().all()) for x in (*state["model"].values(), *means))
+
+
+RUN_FILES = ("config.json", "log.jsonl", "ckpt.pt", "ckpt.prev.pt", "result.json", "loss.png", "experts.png")
 ANEW = "give another out_dir, or --overwrite to start anew"
 MAY_CHANGE = {"overwrite", "out_dir", "log_interval", "checkpoint_interval",     # they leave the run's numbers alone,
               "data_parallel", "expert_parallel"}                                # these but for rounding
@@ -793,27 +839,25 @@ MAY_CHANGE = {"overwrite", "out_dir", "log_interval", "checkpoint_interval",    
 def open_run(config: Config, data: int) -> dict | None:
     """Make out_dir, or return the checkpoint of the run in it; refuse to continue with another config or other data."""
     out, now = Path(config.out_dir), as_json(config) | {"data": data}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock(out)
-        for name in RUN_FILES if config.overwrite else ():
-            (out / name).unlink(missing_ok=True)
-        there = (out / "ckpt.pt").is_file()
-        then = json.loads((out / "config.json").read_text()) if there or (out / "config.json").is_file() else now
-        state = load_checkpoint(out / "ckpt.pt") if there else None
-        changed = differences(then, now)
-    except BadInput:
-        raise
-    except Exception as error:                                      # whatever a damaged file makes torch.load raise
-        raise BadInput(f"out_dir {config.out_dir[:200]}: its config.json or ckpt.pt cannot be read ({error}): "
-                       f"{ANEW}") from None
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
+    for name in RUN_FILES if config.overwrite else ():
+        (out / name).unlink(missing_ok=True)
+    there = (out / "ckpt.pt").is_file()
+    then = read_json(out / "config.json") if there or (out / "config.json").is_file() else now
+    require(bool(then), f"{out}/config.json is missing, or no JSON object: {ANEW}")
+    changed = differences(then, now)
     require(not changed, f"{out} holds a run with another config ({'; '.join(changed)}): {ANEW}")
-    if state and read_json(out / "result.json"):
+    state = load_checkpoint(out / "ckpt.pt", config) if there else None
+    require(state is None or fits(state, config),
+            f"{out}/ckpt.pt lacks a part of a checkpoint, or has one that does not fit{spare(out / 'ckpt.pt')}")
+    if state and read_result(out):
         return state
     write_text_file(out / "config.json", json.dumps(now, indent=1))
     log = out / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if state and log.is_file() else []     # later lines come again
-    write_text_file(log, "".join(line for line in lines if logged_before(line, state["step"])))
+    lines = read_log(out) if state and log.is_file() else []
+    again = [json.dumps(line) + "\n" for line in lines if line["step"] < state["step"]]      # later lines come again
+    write_text_file(log, "".join(again))
     return state
 
 
@@ -829,20 +873,26 @@ def differences(then: dict, now: dict) -> list[str]:
 
 
 def lock(out: Path) -> None:
-    """One run at a time writes to out_dir; the lock goes with the process (nothing to lock with on Windows)."""
-    try:
-        import fcntl
-    except ImportError:
-        return
+    """One run at a time writes to out_dir; the lock goes with the process."""
     if RANK:
         return
     if lock.file:
         lock.file.close()
-    lock.file = open(out / "lock", "w")  # noqa: SIM115 (held open: that is the lock)
-    try:
-        fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadInput(f"another process is training in {out}: wait for it, or give another out_dir") from None
+    lock.file = hold(out / "lock")
+    require(lock.file is not None, f"another process is training in {out}: wait for it, or give another out_dir")
+
+
+def hold(path: Path) -> typing.TextIO | None:
+    """The open file, locked until it is closed; None if another process holds it (Windows has nothing to lock with)."""
+    file = open(path, "w")  # noqa: SIM115 (held open: that is the lock)
+    with contextlib.suppress(ImportError):
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+    return file
 
 
 lock.file = None
@@ -851,15 +901,8 @@ lock.file = None
 def write_text_file(path: Path, text: str) -> None:
     if RANK == 0:
         partial = path.with_suffix(".tmp")
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
-
-
-def logged_before(line: str, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] < step
-    except (json.JSONDecodeError, KeyError):                           # a line cut off by a crash
-        return False
 
 
 SAME_WEIGHTS = {"seq_len", "max_seq_len", "aux_coef", "z_coef", "balance_scope", "bias_rate", "router_noise",
@@ -915,6 +958,7 @@ def peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated(device)
     if Path("/proc/self/status").is_file():           # getrusage would count what the parent held when it started us
         return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    import resource  # (Windows has none)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -967,6 +1011,25 @@ class Ended(Exception):
         self.code = code
 
 
+class Screen:
+    """Standard output for what goes on when nobody reads it any more, or its disk is full."""
+
+    def __init__(self):
+        self.stream = sys.stdout
+
+    def write(self, text: str) -> None:
+        self.attempt(self.stream.write, text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call: Callable, *arguments: str) -> None:
+        try:
+            call(*arguments)
+        except OSError:
+            drop_output(self.stream)
+
+
 def run(config: Config) -> int:
     """Train, and keep the run as Run does; returns the exit code: 0 done or interrupted and saved, or DIVERGED."""
     table, n = PLAIN if config.plain else COMPILED if config.compile else FAST, config.expert_parallel
@@ -976,7 +1039,7 @@ def run(config: Config) -> int:
     if n > 1:
         table = table._replace(experts=experts_of_ranks(table.experts, mesh(n)["experts"].get_group()))
     try:
-        with using(table):
+        with contextlib.redirect_stdout(Screen()), using(table):
             train(config, *((keep_on_ranks, in_turn(RankCorpus)) if UNDER_TORCHRUN else (Run, Corpus)))
     except Ended as end:
         return end.code
@@ -993,7 +1056,7 @@ class Run(Keeper):
         self.given = initial_weights(config)
         self.state = open_run(config, fingerprint(data.train))              # nothing was written to out_dir before this
         describe(config, data, need, free)
-        if self.state and read_json(self.out / "result.json"):
+        if self.state and read_result(self.out):
             print(f"{config.out_dir} is finished after {data.steps} steps; --overwrite starts anew")
             raise Ended(0)
         keep_freed_memory()
@@ -1027,6 +1090,8 @@ class Run(Keeper):
         """Evaluate and write it down; the time it takes is no training time."""
         self.elapsed += time.perf_counter() - self.clock
         ce, bits = map(float, evaluate())
+        if not math.isfinite(ce):
+            raise self.diverged(step, "the validation loss is not finite")
         self.write({"step": step, "tokens": self.data.position(step)[0], "seconds": self.seconds,
                     "val_ce": ce, "val_bits_per_byte": bits})
         print(f"step {step:6d} validation {ce:.4f} nats a token, {bits:.4f} bits a byte", flush=True)
@@ -1046,17 +1111,18 @@ class Run(Keeper):
         last = step + 1 == self.data.steps
         save = (step + 1) % self.config.checkpoint_interval == 0 or last or stopping
         if save or (step + 1) % self.config.log_interval == 0:
-            self.flush()
-            if self.longest_streak >= 10 and RANK == 0:
-                print(f"error: ten steps in a row were not finite, stopping at step {step}; the checkpoint in "
-                      f"{self.out} is the last good one: try a lower learning_rate", file=sys.stderr)
-            if self.longest_streak >= 10:
-                raise Ended(DIVERGED)
+            self.print_line(self.flush())
+        elif len(self.pending) == 10:
+            self.flush()                                                    # to notice ten steps that were not finite
+        if self.longest_streak >= 10:
+            raise self.diverged(step, "ten steps in a row were not finite")
         if save and (self.streak == 0 or last):
-            save_checkpoint(self.out / "ckpt.pt", self.states() | {
-                "step": step + 1, "seconds": self.seconds, "skipped": self.skipped})
+            state = self.states() | {"step": step + 1, "seconds": self.seconds, "skipped": self.skipped}
+            if not self.all_finite(state):
+                raise self.diverged(step, "the weights, or AdamW's means, are not finite")
+            save_checkpoint(self.out / "ckpt.pt", state)
         if stopping and not last:
-            what = "saved" if self.streak == 0 else "the checkpoint before its last, not finite, steps is kept"
+            what = "saved" if self.streak == 0 else "without its last steps, which were not finite"
             print(f"stopped by {stopping[0]} after step {step}: {what}; the same command continues")
             raise Ended(0)
 
@@ -1066,8 +1132,21 @@ class Run(Keeper):
     def states(self) -> dict[str, dict]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def flush(self) -> None:
-        """Write the pending steps, and print the last. Reading the first number waits for the device."""
+    def all_finite(self, state: dict) -> bool:
+        return all_finite(state)
+
+    def diverged(self, step: int, what: str) -> Ended:
+        """Say why the run stops, and which checkpoint there is."""
+        if self.pending:
+            self.flush()
+        kept = "the last finite checkpoint" if (self.out / "ckpt.pt").is_file() else "no checkpoint"
+        if RANK == 0:
+            print(f"error: {what}, stopping at step {step}; {kept} is in {self.out}: start anew with a lower "
+                  "learning_rate and --overwrite", file=sys.stderr)
+        return Ended(DIVERGED)
+
+    def flush(self) -> dict:
+        """Write the pending steps and return the last's line. Reading the first number waits for the device."""
         rows = [(step, rate, int(n_bytes), numbers.tolist(), {k: v.tolist() for k, v in stats.items()})
                 for step, rate, n_bytes, numbers, stats in self.pending]
         self.pending = []
@@ -1094,7 +1173,7 @@ class Run(Keeper):
             if stats and step == rows[-1][0]:
                 line["load"] = [[round(share, 5) for share in row] for row in load]
             self.write(line)
-        self.print_line(line)
+        return line
 
     def print_line(self, line: dict) -> None:
         seconds = int((self.data.position(self.data.steps)[0] - line["tokens"]) / line["tokens_per_s"])
@@ -1388,6 +1467,9 @@ class RankRun(Run):
     def states(self) -> dict:
         return self.each(self.whole, *super().states().values())
 
+    def all_finite(self, state: dict) -> bool:
+        return all(gathered(super().all_finite(state)))
+
     def clip(self) -> Tensor:
         """The norm of the whole gradient: what each rank holds alone is added up over its group."""
         n = self.config.expert_parallel
@@ -1459,7 +1541,23 @@ def draw_figures(out: Path) -> None:
 
 
 def read_log(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    """The lines of out/log.jsonl; those that a crash or a bad disk has damaged are left out, and counted."""
+    lines = (out / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [line for line in map(log_line, lines) if line]
+    if len(found) < len(lines):
+        print(f"{out}/log.jsonl: damaged lines are left out, {len(lines) - len(found)} of {len(lines)}")
+    return found
+
+
+def log_line(text: str) -> dict:
+    """What Run.write wrote, or {}."""
+    with contextlib.suppress(ValueError, RecursionError):
+        line = json.loads(text)
+        if isinstance(line, dict) and type(line.get("step")) is int and isinstance(line.get("load", []), list) and all(
+                isinstance(line.get(name), NUMBER) for name in ("tokens", "seconds")) and all(
+                value is None or isinstance(value, NUMBER) for name, value in line.items() if name != "load"):
+            return line
+    return {}
 
 
 def draw_loss(runs: list[Path], path: Path) -> None:
@@ -1618,6 +1716,7 @@ import csv
 import io
 import statistics
 import subprocess
+import threading
 
 from router import FUSED, Context, check_causal
 
@@ -1634,6 +1733,7 @@ class Trial:
     group: str = ""            # `group` in the file: ranked apart, and a colour or a curve of its own in the figure
     along: str | None = None   # the field that the figure draws the loss against
     baseline: str | None = None    # the group whose runs are the ladder that equal loss is read off
+    broken: str = ""           # what the system said when its folder could not be used
 
 
 def load_runs(path: str, overrides: dict | None = None) -> list[Config]:
@@ -1805,7 +1905,7 @@ def sweep(args: argparse.Namespace, runs: list[Trial], sum_up: Callable[[Path, l
         require(folder.is_dir(), f"{folder} holds no run of {args.config} yet")
         for run in runs:                                                   # they may have run on another machine
             out = Path(run.config.out_dir)
-            then = read_json(out / "outcome.json", "config").get("config") or read_json(out / "config.json")
+            then = read_json(out / "outcome.json", config=dict).get("config") or read_json(out / "config.json")
             run.config = replace(run.config, **{k: then[k] for k in ("device", "dtype") if k in then})
     else:
         gpus = torch.cuda.device_count() if runs[0].config.device.startswith("cuda") else 1
@@ -1813,7 +1913,8 @@ def sweep(args: argparse.Namespace, runs: list[Trial], sum_up: Callable[[Path, l
         require(type(parallel) is int and parallel > 0, f"--parallel={parallel} must be a number of runs at once")
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
-        run_all(chosen, parallel)
+        with contextlib.redirect_stdout(Screen()):
+            run_all(chosen, parallel)
     sum_up(folder, runs)
     return 0 if all(outcome(run)[0] in RESULTS for run in chosen) else 1
 
@@ -1827,7 +1928,13 @@ def run_all(chosen: list[Trial], parallel: int) -> None:
     slots, live = list(range(parallel)), []
     while live or (waiting and not stop):
         while slots and waiting and not stop:
-            live.append(start(waiting.pop(0), slots.pop(0), parallel))
+            run = waiting.pop(0)
+            with blame(run):
+                live.append(start(run, slots[0], parallel))
+                slots.pop(0)
+            if run.broken:
+                print(f"{run.name} failed, {run.broken}", flush=True)
+                work.pop(run.name)
         for one in live if stop and not told else ():
             one.process.terminate()
         told = bool(stop)
@@ -1835,7 +1942,9 @@ def run_all(chosen: list[Trial], parallel: int) -> None:
         for one in [one for one in live if one.process.poll() is not None]:
             live.remove(one)
             slots.append(one.slot)
-            record(one, told)
+            one.process.stdin.close()
+            with blame(one.run):
+                record(one, told)
             status, reason, result = outcome(one.run)
             flops, now = work.pop(one.run.name), time.monotonic()
             done += flops if result else 0
@@ -1845,6 +1954,15 @@ def run_all(chosen: list[Trial], parallel: int) -> None:
                   f"{len(live)} running, {len(waiting)} waiting{left}", flush=True)
     if stop:
         print(f"stopped by {stop[0]}: the same command continues")
+
+
+@contextlib.contextmanager
+def blame(run: Trial) -> Iterator[None]:
+    """What the system says of a run's folder is the failure of this run, not the end of the sweep."""
+    try:
+        yield
+    except OSError as error:
+        run.broken = str(error)
 
 
 def start(run: Trial, slot: int, parallel: int) -> Started:
@@ -1865,19 +1983,28 @@ def start(run: Trial, slot: int, parallel: int) -> Started:
     command = [sys.executable, "-u", __file__, "--run", json.dumps(asdict(run.config))]
     with open(out / "train.log", "wb" if run.config.overwrite else "ab") as log:
         before = log.tell(), oom_kills(), time.monotonic()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
                                    start_new_session=True)                # Ctrl-C reaches it through us alone
     return Started(run, slot, process, out / "train.log", *before)
+
+
+def end_with_parent() -> None:
+    """Stop, as at SIGTERM, when nobody holds the other end of standard input any more: the sweep is gone, however it
+    ended. What has not saved within three seconds goes on from its checkpoint another time."""
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3)
+    os._exit(130)
 
 
 def train_alone(config: Config) -> int:
     """What start() starts. The exit code tells how it ended; running out of memory is one of the ways."""
     try:
         return run(config)
-    except (DoesNotFit, MemoryError, RuntimeError) as error:               # torch.OutOfMemoryError is a RuntimeError
-        known = isinstance(error, (DoesNotFit, MemoryError, torch.OutOfMemoryError))
-        if not known and not re.search("DefaultCPUAllocator|CUDA error: out of memory|ALLOC_FAILED", str(error)):
-            raise                                                          # (those three have no class of their own)
+    except (DoesNotFit, MemoryError, RuntimeError) as error:
+        if not isinstance(error, DoesNotFit) and not out_of_memory(error):
+            raise
         print(f"error: {[*str(error).splitlines(), 'out of memory'][0]}", file=sys.stderr)
         return OUT_OF_MEMORY
 
@@ -1908,9 +2035,12 @@ def oom_kills() -> int | None:
 def outcome(run: Trial) -> tuple[str, str, dict]:
     """(status, reason, result.json) of a run, from its folder alone. A loss worse than guessing counts as diverged."""
     out, now = Path(run.config.out_dir), as_json(run.config)
-    ended, then = read_json(out / "outcome.json", "status", "reason", "config"), read_json(out / "config.json")
-    result = read_json(out / "result.json", "loss")
-    if ended and not differences(ended["config"], now):
+    ended = read_json(out / "outcome.json", status=str, reason=str, config=dict)
+    then, result = read_json(out / "config.json"), read_result(out)
+    finished = result and then and not differences(then, now)              # then no attempt after it counts
+    if run.broken:
+        return "failed", run.broken, {}
+    if ended and not finished and not differences(ended["config"], now):
         return ended["status"], ended["reason"], {}
     if not then:
         return "skipped", "not started", {}
@@ -1925,13 +2055,22 @@ def outcome(run: Trial) -> tuple[str, str, dict]:
     return "done", "", result
 
 
-def read_json(path: Path, *keys: str) -> dict:
-    """The object in the file; {} if there is no file, no JSON, no object, or it lacks a key."""
+NUMBER = (int, float)
+
+
+def read_json(path: Path, **kinds) -> dict:
+    """The object in the file; {} if there is no file, no object, or what stands under a key is not of its kind."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and all(key in found for key in keys) else {}
+    return found if isinstance(found, dict) and all(isinstance(found.get(k), kind) for k, kind in kinds.items()) else {}
+
+
+def read_result(out: Path) -> dict:
+    """A whole result.json, or {}: the run is then not finished."""
+    names = ("loss", "bits_per_byte", "seconds", "tokens_per_s", "peak_memory")
+    return read_json(out / "result.json", **dict.fromkeys(names, NUMBER))
 
 
 # --- sweeps: summing up ---
@@ -2365,6 +2504,7 @@ def command(argv: list[str]) -> int | None:
     if argv[:1] in (["draw"], ["trace"]):
         return {"draw": draw, "trace": trace}[argv[0]](argv[1:])
     if argv[:1] == ["--run"]:
+        threading.Thread(target=end_with_parent, daemon=True).start()
         return train_alone(Config(**json.loads(argv[1])))
     judging = argv[:1] == ["judge"]
     args, given = parse_command_line(argv[judging:])
@@ -2376,6 +2516,10 @@ def command(argv: list[str]) -> int | None:
     require(args.world is None, "--world prints sizes: give it --dry_run")
     if args.dry_run:
         return dry_run(select(runs, args.only), args.json)
+    if args.previous:
+        require(not runs[0].name or args.only, "--previous is for one run: name it with --only")
+        for one in select(runs, args.only):
+            in_turn(lambda config: RANK or go_back(config))(one.config)
     if runs[0].name:
         require(not UNDER_TORCHRUN, f"{args.config} is a sweep, whose runs are processes of their own: "
                 f"python train.py {args.config} --parallel")
@@ -2395,7 +2539,7 @@ def draw(argv: list[str]) -> None:
                             else args.text)
     for out in args.folders:
         require((out / "log.jsonl").is_file(), f"{out} has no log.jsonl: draw takes folders of runs, such as out/tiny")
-        logged = {name for line in read_log(out) for name in line}
+        logged = {name for line in read_log(out) for name, value in line.items() if value is not None}
         require({"ce", "val_ce"} <= logged, f"the run in {out} has too little in its log to draw")
         draw_figures(out)
     print(f"drew the figures in {', '.join(map(str, args.folders))}")

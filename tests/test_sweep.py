@@ -4,6 +4,7 @@ The runs of a sweep are processes: real ones in the tests marked slow, elsewhere
 """
 
 import csv
+import io
 import json
 import math
 import os
@@ -73,7 +74,7 @@ def endings(monkeypatch):
             config = t.Config(**json.loads(command[-1]))
             name = Path(config.out_dir).name
             endings.started.append((name, config, env))
-            self.returncode = endings.get(name, 0)
+            self.stdin, self.returncode = io.BytesIO(), endings.get(name, 0)
             if not self.returncode:
                 finish(config, 2.0)
 
@@ -168,6 +169,7 @@ def test_an_interrupted_sweep_saves_its_run_and_the_same_command_continues_it(co
 def test_every_way_to_run_out_of_memory_is_one_exit_code_and_no_other_error_is(monkeypatch, capsys, error, code):
     """An empty tensor of 2**52 numbers: the CPU allocator's own words."""
     monkeypatch.setattr(t, "run", lambda config: Mock(side_effect=error)() if isinstance(error, Exception) else error())
+    monkeypatch.setattr(t, "end_with_parent", lambda: None)
     monkeypatch.setattr(sys, "argv", ["train.py", "--run", json.dumps(asdict(t.Config(device="cpu")))])
     with pytest.raises(RuntimeError if code is None else SystemExit) as leave:
         m.run_script(t.main)
