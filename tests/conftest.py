@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,13 @@ ROOT = Path(train.__file__).parent
 WORDS = "def return self value for in range print if not else class import of the a x y = ( ) : + 1 2".split()
 SHARED = dict(n_layer=2, d_model=32, n_head=2, n_kv_head=1, d_head=16, n_expert=4, top_k=2, d_expert=16, vocab_size=264,
               seq_len=32, dataset="corpus", device="cpu", micro_batch=4, max_steps=20, eval_tokens=256)
+
+
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")]
+
+
+def on_a_gpu(test):
+    return reduce(lambda marked, mark: mark(marked), ON_A_GPU, test)
 
 
 @pytest.fixture
@@ -73,6 +81,10 @@ def finish(config: train.Config, loss: float, seconds: float = 2.0) -> Path:
     (out / "result.json").write_text(json.dumps({"loss": loss, "bits_per_byte": loss, "seconds": seconds,
                                                  "tokens_per_s": 1280.0, "peak_memory": 2**29}))
     return out
+
+
+def random_logits(n=64, e=7, seed=0):
+    return torch.randn(n, e, generator=torch.Generator().manual_seed(seed))
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:

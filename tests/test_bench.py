@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, write_config
+from conftest import ROOT, on_a_gpu, write_config
 
 import bench
 import model
@@ -91,8 +91,7 @@ def test_liger_kernel_missing_is_named_with_its_reason(monkeypatch, capsys):
     assert bench.liger(lambda x: x + 1, 6) == {"liger-kernel": 7}
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@on_a_gpu
 def test_on_a_gpu_the_peers_that_are_installed_compute_what_our_layer_computes():
     x = torch.randn(1, 512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     ours = bench.filled(bench.MoE(bench.ModelConfig(d_model=256, d_expert=128, n_expert=32, top_k=4)))
