@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import train
 from router import run_script
@@ -54,6 +55,13 @@ def folder(tmp_path, monkeypatch):
     yield tmp_path
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def quiet(folder, monkeypatch):
+    """An empty folder to be in; figures are not saved, which takes longest; a thread a process."""
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def texts(n: int) -> list[str]:

@@ -13,7 +13,6 @@ from statistics import fmean, stdev
 
 import pytest
 from conftest import ROOT, SHARED, finish, write_config, write_corpus
-from matplotlib.figure import Figure
 
 import router
 import train as t
@@ -21,12 +20,7 @@ import train as t
 FIELDS = SHARED | dict(eval_interval=1000, log_interval=5, checkpoint_interval=1000)
 LADDER = "[dict(name=f'base-{steps}', group='base', max_steps=steps) for steps in (10, 20, 40)]"
 ROUTING = {"load_max_over_mean": 1.5, "dead_experts": 3, "entropy": 1.25}
-
-
-@pytest.fixture(autouse=True)
-def quiet(folder, monkeypatch):
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture

@@ -28,13 +28,7 @@ import train as t
 SEARCH = ROOT / "configs" / "search"
 FIELDS = SHARED | dict(eval_interval=1000, log_interval=1, checkpoint_interval=1000)
 SAVE = Figure.savefig
-
-
-@pytest.fixture(autouse=True)
-def quiet(folder, monkeypatch):
-    """Most figures are not saved: that takes longest."""
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture
