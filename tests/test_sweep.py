@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import random
 import re
 import signal
 import subprocess
@@ -21,43 +20,22 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import ROOT, SHARED, finish, write_config, write_corpus
 from matplotlib.figure import Figure
 
 import model as m
 import train as t
 
-ROOT = Path(t.__file__).parent
 SEARCH = ROOT / "configs" / "search"
-SHARED = dict(n_layer=2, d_model=32, n_head=2, n_kv_head=1, d_head=16, n_expert=4, top_k=2, d_expert=16, vocab_size=264,
-              seq_len=32, dataset="corpus", device="cpu", micro_batch=4, max_steps=20, eval_interval=1000,
-              eval_tokens=256, log_interval=1, checkpoint_interval=1000)
+FIELDS = SHARED | dict(eval_interval=1000, log_interval=1, checkpoint_interval=1000)
 SAVE = Figure.savefig
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """An empty folder; signal handlers come back afterwards. Most figures are not saved: that takes longest."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def corpus(folder):
-    Path("corpus").mkdir()
-    draw, words = random.Random(0), "def return self x y = ( ) : + 1 2".split()
-    for i in range(40):
-        Path(f"corpus/{i:02d}.txt").write_text(" ".join(draw.choices(words, k=60)))
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture
 def command(run_train):
     """Run `python train.py sweep.py *arguments` in this process: (exit code, standard output, standard error)."""
-    return lambda *arguments, config="sweep.py": run_train(str(config), *arguments)
+    return lambda *arguments, config="sweep.py": run_train(config, *arguments)
 
 
 @pytest.fixture
@@ -88,17 +66,7 @@ def endings(monkeypatch):
 
 
 def write(*runs: dict, **shared) -> None:
-    lines = [f"{name} = {value!r}\n" for name, value in (SHARED | shared).items()]
-    Path("sweep.py").write_text("".join([*lines, f"runs = {list(runs)!r}\n"]))
-
-
-def finish(config: t.Config, loss: float) -> None:
-    """What a finished run leaves, without training it."""
-    out = Path(config.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(config)))
-    (out / "result.json").write_text(json.dumps({"loss": loss, "bits_per_byte": loss / math.log(2), "seconds": 2.0,
-                                                 "tokens_per_s": 1280.0, "peak_memory": 2**29}))
+    write_config("sweep.py", **FIELDS | shared, runs=list(runs))
 
 
 def summary() -> dict[str, dict]:
@@ -112,9 +80,9 @@ def statuses() -> dict[str, str]:
 
 # --- how runs end ---------------------------------------------------------------------------------------------------
 
-
 @pytest.mark.slow
-def test_a_sweep_goes_on_after_a_run_too_big_one_that_diverges_and_one_that_is_killed(command, monkeypatch, corpus):
+def test_a_sweep_goes_on_after_a_run_too_big_one_that_diverges_and_one_that_is_killed(command, monkeypatch):
+    write_corpus(40)
     write(dict(name="fine"), dict(name="too-big", n_expert=2**16, d_model=4096, d_expert=4096),
           dict(name="diverges", learning_rate=1e30), dict(name="killed", seed=2))
     popen = subprocess.Popen
@@ -142,7 +110,8 @@ def test_a_sweep_goes_on_after_a_run_too_big_one_that_diverges_and_one_that_is_k
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_saves_its_run_and_the_same_command_continues_it(command, monkeypatch, corpus):
+def test_an_interrupted_sweep_saves_its_run_and_the_same_command_continues_it(command, monkeypatch):
+    write_corpus(40)
     write(dict(name="long", max_steps=300), dict(name="next"))
     log = Path("out/sweep/long/train.log")
 
@@ -234,7 +203,6 @@ def test_each_of_several_runs_gets_its_gpu_or_its_share_of_the_threads(command, 
 
 # --- what a sweep file says -----------------------------------------------------------------------------------------
 
-
 ONE = "[dict(name='a')]"
 
 
@@ -293,7 +261,6 @@ def test_seeds_repeat_each_run_and_only_starts_one_or_all_of_them(command, endin
 
 
 # --- the summary ----------------------------------------------------------------------------------------------------
-
 
 def test_the_summary_ranks_by_validation_loss_with_mean_and_spread_over_seeds(command):
     write(dict(name="worse", group="g", top_k=1), dict(name="better", group="g"),
@@ -360,7 +327,6 @@ def test_runs_are_drawn_against_the_field_that_the_file_goes_along_or_in_rows(fi
 
 
 # --- the architecture search ----------------------------------------------------------------------------------------
-
 
 def plans(command, path: str) -> dict[str, tuple[str, str, int]]:
     """name -> (total, active in millions, tokens), from what --dry_run prints."""
