@@ -1388,23 +1388,28 @@ def require_ladder(path: str, runs: list[Trial], baseline: str) -> None:
             f"more, and has {len(budgets)}")
 
 
-def make_runs(entry: dict, *rest) -> list[Trial]:
+def make_runs(entry: dict, seed: int | None, suffix: str, shared: dict, overrides: dict, folder: str) -> list[Trial]:
     """The run of an entry or, one for each of its `branches`, runs to so many tokens: NAME-1000, NAME-2000, ..."""
     if "branches" not in entry:
-        return [make_run(entry, *rest)]
+        return [make_run(entry, seed, suffix, shared, overrides, folder)]
     name, ends = entry.get("name", ""), entry["branches"]
-    require(isinstance(ends, list) and ends and all(type(end) is int for end in ends) and ends == sorted({*ends}),
+    require(isinstance(ends, list) and ends and all(type(end) is int and end > 0 for end in ends)
+            and ends == sorted({*ends}),
             f"run {name}: branches = {ends!r} must be rising whole numbers, the tokens to train each branch to")
     own = {key: value for key, value in entry.items() if key != "branches"}
-    runs = [make_run(own | {"name": f"{name}-{end}", "max_tokens": end}, *rest) for end in ends]
-    for end, run, run.shorter in zip(ends, runs, [None, *runs]):
-        config = run.config
-        require(config.max_tokens == end <= position(config, total_steps(config))[0],
-                f"run {run.name}: another max_tokens or too few max_steps would end this branch elsewhere")
-        require(config.schedule == "constant" and config.decay > 0, f"run {run.name}: branches need a constant rate to "
-                "share and a decay of their own: schedule = 'constant', decay > 0")
-        require(1 < config.warmup <= position(config, trunk_steps(config))[0], f"run {run.name}: branches share their "
+    longest = make_run(own | {"name": f"{name}-{ends[-1]}", "max_tokens": ends[-1]}, seed, suffix, shared, overrides,
+                       folder)
+    require(longest.config.schedule == "constant" and longest.config.decay > 0, f"run {name}: branches need a constant "
+            "rate to share and a decay of their own: schedule = 'constant', decay > 0")
+    require(longest.config.max_tokens == ends[-1] <= position(longest.config, total_steps(longest.config))[0],
+            f"run {name}: another max_tokens, or too few max_steps, would end its branches elsewhere")
+    runs = []
+    for end in ends:
+        model = f"{name}-{end}"
+        config = replace(longest.config, max_tokens=end, out_dir=f"{folder}/{model}{suffix}")
+        require(1 < config.warmup <= position(config, trunk_steps(config))[0], f"run {model}: branches share their "
                 f"warmup, so it is in tokens, above 1, and over before a decay begins; not {config.warmup:g}")
+        runs.append(replace(longest, config=config, name=model + suffix, model=model, shorter=[None, *runs][-1]))
     return runs
 
 
@@ -1440,7 +1445,7 @@ def dry_run(runs: list[Trial], as_json: bool) -> None:
     another branch has paid.
     """
     costs = [(run, count(c), memory(c, c.micro_batch, c.dtype), budget(c)) for run in runs for c in [run.config]]
-    paid = [cost["flops"] - cost["flops"] * shared_tokens(run) // cost["tokens"] for run, *_, cost in costs]
+    paid = [paid_flops(run) for run in runs]
     if as_json:
         found = [({"name": run.name} if run.name else {}) | sizes | cost | {"flops_paid": own, "memory": need}
                  for (run, sizes, need, cost), own in zip(costs, paid)]
@@ -1462,9 +1467,11 @@ def dry_run(runs: list[Trial], as_json: bool) -> None:
         print_sizes(*costs[0][1:3])
 
 
-def shared_tokens(run: Trial) -> int:
-    """Tokens of the trunk that a branch takes over from the next shorter one."""
-    return position(run.shorter.config, trunk_steps(run.shorter.config))[0] if run.shorter else 0
+def paid_flops(run: Trial) -> int:
+    """FLOPs of a run, of a branch without the trunk that it takes over from the next shorter one."""
+    cost, shorter = budget(run.config), run.shorter and run.shorter.config
+    shared = position(shorter, trunk_steps(shorter))[0] if shorter else 0
+    return cost["flops"] * (cost["tokens"] - shared) // cost["tokens"]
 
 
 def print_sizes(sizes: dict[str, int], need: dict[str, int]) -> None:
@@ -1523,7 +1530,7 @@ def run_all(chosen: list[Trial], parallel: int) -> None:
     """Keep `parallel` processes busy until all have ended. Ctrl-C and SIGTERM are passed on, once: the runs save."""
     waiting = [run for run in chosen if run.config.overwrite or outcome(run)[0] not in RESULTS]
     print(f"{len(chosen)} runs, {len(chosen) - len(waiting)} of them have a result; {parallel} at once", flush=True)
-    work = {run.name: budget(run.config)["flops"] for run in waiting}        # the time left goes by it
+    work = {run.name: paid_flops(run) for run in waiting}                    # the time left goes by it
     stop, told, begin, n, done = catch_signals(), False, time.monotonic(), len(waiting), 0
     slots, live = list(range(parallel)), []
     while live or (waiting and not stop):

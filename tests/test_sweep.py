@@ -259,6 +259,13 @@ ONE = "[dict(name='a')]"
     ("along = 'capacity_factor' must be", ONE + "\nalong = 'capacity_factor'", ""),
     ("holds no run of sweep.py yet", ONE, "--report"), ("one run", None, "--report"), ("one run", None, "--only=a"),
     ("one run", None, "--parallel=2"), ("one run", None, "--seeds=1,2"),
+    *((says, f"[dict(name='a', branches={ends})]\n{more}", "") for says, ends, more in (
+        ("run a: branches = [2, 1] must be rising", [2, 1], ""), ("run a: branches = 5 must be rising", 5, ""),
+        ("run a: branches need a constant rate", [9], ""),
+        ("run a: another max_tokens", [9999], "schedule = 'constant'"),
+        ("run a-999: branches share their warmup", [999], "schedule = 'constant'\nwarmup = 0.1"),
+        ("over before a decay begins; not 998", [999], "schedule = 'constant'\nwarmup = 998"))),
+    ("run a: branch is no config field, did you mean branches?", ONE + "\nbranch = 3", ""),
 ])
 def test_a_mistake_in_a_sweep_is_one_line_before_anything_is_run(command, says, runs, arguments):
     write()
@@ -469,3 +476,28 @@ def test_a_branch_waits_for_the_shorter_one_and_takes_no_trunk_of_another_config
     write(dict(name="a", branches=[512, 1024, 2048]), learning_rate=2e-3, **BRANCHES)
     _, out, _ = command("--only=a-2048")
     assert in_process[3:] == ["a-2048"] and "continuing" not in out
+
+
+def test_the_papers_own_runs_are_listed_with_its_sizes_tokens_and_rates(command, monkeypatch):
+    """Sizes as the paper counts them: without norms and routers. Tokens: to the end of a step."""
+    monkeypatch.chdir(ROOT)
+    with open("results/law/runs.csv") as file:
+        wanted = sorted(tuple(int(row[key]) for key in ("n_expert", "n_active", "n_total", "tokens"))
+                        for row in csv.DictReader(file))
+    runs, found, sizes = t.read_runs("configs/joint_law/paper.py"), [], {}
+    for run in runs:
+        c = run.config
+        if run.shorter is None:
+            sizes = m.count(c)
+            outside = c.n_layer * c.d_model * (2 + c.n_expert * (c.n_expert > 1)) + c.d_model
+        end = int(run.name.rpartition("-")[2])
+        assert 0 <= t.position(c, t.total_steps(c))[0] - end < 262_144
+        found.append((c.n_expert, sizes["active_untied"] - outside, sizes["total_untied"] - outside, end))
+    assert sorted(found) == wanted and len(wanted) == 270
+    assert sum(run.shorter is None for run in runs) == 51, "models, each with one trunk"
+    norms, router = 48 * (2 * 3 + 1), 3 * 48 * 4                            # they are in both of eq. 7's N here
+    body, tables = 13 * 3 * 48**2 + norms + router, 2 * 264 * 48
+    for reading, rate in zip(t.PEAK_RATES, m.peak_rates(body, body + tables, 4)):
+        (found,) = {run.learning_rate for run in t.load_runs("configs/joint_law/small.py", {"learning_rate": reading})
+                    if (run.n_expert, run.d_model) == (4, 48)}
+        assert found == rate

@@ -44,7 +44,7 @@ log_interval = 50
 checkpoint_interval = 1000
 
 _ends = {}
-for _row in csv.DictReader(Path("results/law/runs.csv").open()):
+for _row in csv.DictReader(Path("results/law/runs.csv").read_text().splitlines()):
     _shape = tuple(int(_row[name]) for name in ("n_expert", "d_model", "n_layer", "n_head"))
     _ends.setdefault(_shape, []).append(round(float(_row["tokens"])))
 runs = [dict(name=f"e{E}-d{d}-l{n}", group=f"E {E}", n_expert=E, d_model=d, d_expert=3 * d, n_layer=n, n_head=heads,

@@ -1,9 +1,9 @@
-# Which peak rate does a size want, and do more experts want a lower one? A grid, run before small.py, whose rates it sets.
+# Which peak rate does a size want, and do more experts want a lower one? A grid that sets the rates of small.py.
 #
-# Source    "Joint MoE Scaling Laws" (Ludziejewski 2025), eq. 7: ln lr = a + b ln N + c ln E, N active parameters without
-#           embeddings. Its own numbers, 8.39, -0.81 and -0.25, are of models a thousand times as large.
-# Here      six rates (seven where the sixth was best) for 1 and 16 experts at two sizes, and for 4 experts at a size between them, which the fit does not
-#           see. The recipe is small.py's.
+# Source    "Joint MoE Scaling Laws" (Ludziejewski 2025), eq. 7: ln lr = a + b ln N + c ln E, N active parameters
+#           without embeddings. Its own 8.39, -0.81 and -0.25 are of models a thousand times as large.
+# Here      six rates (a seventh where the lowest was best) for 1 and 16 experts at two sizes, and for 4 experts at a
+#           size between them, which the fit does not see. The recipe is small.py's.
 # Run       python train.py configs/joint_law/rates.py --parallel=2, then python results/joint_law/rates.py
 # Scale     409,600 bytes of Python source a run, 12.7M in all.
 

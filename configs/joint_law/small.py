@@ -18,7 +18,7 @@ _results = Path("results/joint_law")
 _a, _b, _c = json.loads((_results / "rates.json").read_text())["with_experts"]["coefficients"]
 _kept = set()
 if (_results / "runs.csv").is_file() and os.environ.get("LADDER") != "all":
-    _kept = {row["name"] for row in csv.DictReader((_results / "runs.csv").open())}
+    _kept = {row["name"] for row in csv.DictReader((_results / "runs.csv").read_text().splitlines())}
 
 vocab_size = 264          # 256 bytes and end-of-text, padded to a multiple of 8
 seq_len = 256
@@ -56,8 +56,9 @@ def _run(E: int, d: int, ends: list[int], seed: int = 1) -> dict:
 
 
 _ends = [204_800 * 2**i for i in range(5)]
-runs = [_run(E, d, _ends) for d in (32, 48, 64, 80) for E in (1, 2, 4, 8, 16) if d in (32, 64) or E in (1, 4, 16)]
-runs += [_run(E, d, [819_200], seed) for E, d in ((1, 32), (4, 48), (16, 64)) for seed in (2, 3)]
+_sizes = {32: (1, 2, 4, 8, 16), 48: (1, 4, 16), 64: (1, 2, 4, 8, 16), 80: (1, 4, 16)}
+runs = [_run(E, d, _ends) for d, experts in _sizes.items() for E in experts]
+runs[8:8] = [_run(E, d, [819_200], seed) for E, d in ((1, 32), (4, 48), (16, 64)) for seed in (2, 3)]
 runs = [run for run in runs if run["branches"]]
 if not runs:
     raise SystemExit(f"every run of the ladder stands in {_results}/runs.csv; LADDER=all runs it again")

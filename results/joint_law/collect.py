@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("sweep", nargs="?", type=Path, default=Path("out/small"))
     parser.add_argument("--table", type=Path, default=Path(__file__).with_name("runs.csv"))
     args = parser.parse_args()
-    rows = list(csv.DictReader(args.table.open())) if args.table.is_file() else []
+    rows = list(csv.DictReader(args.table.read_text().splitlines())) if args.table.is_file() else []
     there = {row["name"] for row in rows}
     done = sorted((path for path in args.sweep.glob("*/result.json")), key=lambda path: path.stat().st_mtime)
     new = [row_of(path.parent) for path in done if path.parent.name not in there]

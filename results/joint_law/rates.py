@@ -3,7 +3,7 @@
     python train.py configs/joint_law/rates.py --parallel=2
     python results/joint_law/rates.py [--csv out/rates/summary.csv]
 
-The best rate is the bottom of a parabola through the three lowest losses' neighbourhood, in logarithms of the rate.
+The best rate is the bottom of a parabola, in the logarithm of the rate, through the lowest loss and its neighbours.
 """
 
 import argparse
@@ -28,9 +28,9 @@ def cells(rows: list[dict]) -> list[dict]:
     """One for each group of the grid: N (active, without embeddings, norms and router), E, and its best rate."""
     found = []
     for group in dict.fromkeys(row["group"] for row in rows):
-        some = sorted((float(row["learning_rate"]), float(row["loss"])) for row in rows if row["group"] == group)
-        d, E = (int(float(next(row[name] for row in rows if row["group"] == group))) for name in ("d_model", "n_expert"))
-        rates, losses = np.array(some).T
+        some = sorted((row for row in rows if row["group"] == group), key=lambda row: float(row["learning_rate"]))
+        rates, losses = (np.array([float(row[name]) for row in some]) for name in ("learning_rate", "loss"))
+        d, E = int(some[0]["d_model"]), int(some[0]["n_expert"])
         found.append({"n_expert": E, "d_model": d, "n_body": 13 * (d // 16) * d**2, "rates": rates.tolist(),
                       "losses": losses.tolist(), "best": float(np.exp(best_rate(rates, losses)))})
     return found
@@ -53,7 +53,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--csv", type=Path, default=HERE / "rates.csv")
     args = parser.parse_args()
-    found = cells(list(csv.DictReader(args.csv.open())))
+    found = cells(list(csv.DictReader(args.csv.read_text().splitlines())))
     result = {"cells": found, "with_experts": eq_7(found, True), "without_experts": eq_7(found, False)}
     (HERE / "rates.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: result[key] for key in ("with_experts", "without_experts")}, indent=1))
