@@ -371,6 +371,7 @@ from model import (
     loss,
     memory,
     optional,
+    peak_rates,
     reader,
     spare,
     using,
@@ -467,8 +468,11 @@ def make_config(values: dict, out_dir: str, chosen: dict) -> Config:
         require(not values.get("expert_groups") or name not in chosen,
                 f"{name} does nothing beside expert_groups, which says how many experts of which width there are")
     for name in values:
-        known = [*TYPES, "runs", "seeds", "name", "group", "along", "baseline"]
+        known = [*TYPES, "runs", "seeds", "name", "group", "along", "baseline", "branches"]
         require(name in TYPES, f"{name} is no config field{closest(name, known)}")
+    if values.get("learning_rate") in PEAK_RATES:
+        values = values | {"learning_rate": peak_rate(make_config(values | {"learning_rate": 1.0}, out_dir, chosen),
+                                                      values["learning_rate"])}
     config = Config(**{name: convert(name, value, TYPES[name]) for name, value in values.items()}).resolve()
     config.out_dir = config.out_dir or out_dir
     kind, _, number = config.device.partition(":")
@@ -479,6 +483,17 @@ def make_config(values: dict, out_dir: str, chosen: dict) -> Config:
             f"device = {config.device!r}: this machine has {torch.cuda.device_count()} CUDA GPUs; use device = 'cpu'")
     validate_run(config)
     return config
+
+
+PEAK_RATES = ("joint_law", "joint_law_code")     # what learning_rate may say in the place of a number: see peak_rates
+
+
+def peak_rate(config: Config, reading: str) -> float:
+    """The peak learning rate of a model of this size by one of the two readings of eq. 7."""
+    sizes = count(config)
+    active = sizes["active" if config.tie_embeddings else "active_untied"]
+    rates = peak_rates(sizes["active"] - sizes["embedding"], active, config.n_expert)
+    return rates[PEAK_RATES.index(reading)]
 
 
 def field_help() -> dict[str, str]:
@@ -731,6 +746,17 @@ def total_steps(config: Config) -> int:
     return bisect_left(range(most), config.max_tokens, key=lambda step: position(config, step)[0])
 
 
+def trunk_steps(config: Config) -> int:
+    """The step at which the decay of schedule "constant" begins: longer runs of the same rate are equal up to it.
+    0: this run has no such decay."""
+    if config.schedule != "constant" or not config.decay:
+        return 0
+    last, steady = total_steps(config), replace(config, warmup=0.0, min_learning_rate=0.0)
+    total = position(config, last)[0]
+    return bisect_left(range(last), True, key=lambda step: learning_rate(
+        steady, *position(config, step), total) < config.learning_rate)
+
+
 class Corpus(Data):
     """Text and token shards of any kind, by any tokenizer, in steps that may grow by a ramp."""
 
@@ -830,7 +856,8 @@ def all_finite(state: dict) -> bool:
     return all(bool(x.isfinite().all()) for x in (*state["model"].values(), *means))
 
 
-RUN_FILES = ("config.json", "log.jsonl", "ckpt.pt", "ckpt.prev.pt", "result.json", "loss.png", "experts.png")
+RUN_FILES = ("config.json", "log.jsonl", "ckpt.pt", "ckpt.prev.pt", "trunk.pt", "result.json", "loss.png",
+             "experts.png")                                                      # and an empty lock
 ANEW = "give another out_dir, or --overwrite to start anew"
 MAY_CHANGE = {"overwrite", "out_dir", "log_interval", "checkpoint_interval",     # they leave the run's numbers alone,
               "data_parallel", "expert_parallel"}                                # these but for rounding
@@ -1065,7 +1092,7 @@ class Run(Keeper):
             torch.cuda.set_device(gpu)                                      # Triton launches on the current device
 
     def begin(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[Callable[..., Output], int]:
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.trunk = model, optimizer, trunk_steps(self.config)
         start, self.seconds, self.skipped = 0, 0.0, 0
         if self.given:
             model.load_state_dict(self.given, strict=False)                 # all but a selection bias it may not have
@@ -1108,8 +1135,8 @@ class Run(Keeper):
         self.pending.append((step, rate, self.bytes_read, torch.cat((losses, norm.detach().view(1))), stats))
         self.parts, self.bytes_read = [], 0
         stopping = self.stopping()                                          # looked at once a step: save all or nothing
-        last = step + 1 == self.data.steps
-        save = (step + 1) % self.config.checkpoint_interval == 0 or last or stopping
+        last, trunk = step + 1 == self.data.steps, step + 1 == self.trunk
+        save = (step + 1) % self.config.checkpoint_interval == 0 or last or trunk or stopping
         if save or (step + 1) % self.config.log_interval == 0:
             self.print_line(self.flush())
         elif len(self.pending) == 10:
@@ -1120,7 +1147,8 @@ class Run(Keeper):
             state = self.states() | {"step": step + 1, "seconds": self.seconds, "skipped": self.skipped}
             if not self.all_finite(state):
                 raise self.diverged(step, "the weights, or AdamW's means, are not finite")
-            save_checkpoint(self.out / "ckpt.pt", state)
+            for name in ["trunk.pt"] * trunk + ["ckpt.pt"]:                 # (the trunk stays when ckpt.pt moves on)
+                save_checkpoint(self.out / name, state)
         if stopping and not last:
             what = "saved" if self.streak == 0 else "without its last steps, which were not finite"
             print(f"stopped by {stopping[0]} after step {step}: {what}; the same command continues")
@@ -1734,6 +1762,7 @@ class Trial:
     along: str | None = None   # the field that the figure draws the loss against
     baseline: str | None = None    # the group whose runs are the ladder that equal loss is read off
     broken: str = ""           # what the system said when its folder could not be used
+    shorter: "Trial | None" = None     # of a branch: the next shorter one, whose trunk it takes over
 
 
 def load_runs(path: str, overrides: dict | None = None) -> list[Config]:
@@ -1756,8 +1785,8 @@ def read_runs(path: str, overrides: dict | None = None, seeds: list | None = Non
             f"{path}: seeds = {seeds!r} must be different whole numbers, such as [1, 2, 3]")
     require(not seeds or "seed" not in overrides, "--seed would make the seeds of a run all the same: use --seeds")
     folder = overrides.get("out_dir") or shared.get("out_dir") or f"out/{Path(path).stem}"
-    runs = [make_run(entry, seed, f"-s{seed}" if len(seeds) > 1 else "", shared, overrides, folder)
-            for entry in entries for seed in seeds or [None]]
+    runs = [run for entry in entries for seed in seeds or [None]
+            for run in make_runs(entry, seed, f"-s{seed}" if len(seeds) > 1 else "", shared, overrides, folder)]
     for run in runs:
         run.along = along
         run.baseline = baseline
@@ -1780,6 +1809,31 @@ def require_ladder(path: str, runs: list[Trial], baseline: str) -> None:
     budgets = {budget(run.config)["flops"] for run in runs if run.group == baseline}
     require(len(budgets) > 2, f"{path}: the baseline {baseline!r} needs a ladder, runs of three budgets (FLOPs) or "
             f"more, and has {len(budgets)}")
+
+
+def make_runs(entry: dict, seed: int | None, suffix: str, shared: dict, overrides: dict, folder: str) -> list[Trial]:
+    """The run of an entry or, one for each of its `branches`, runs to so many tokens: NAME-1000, NAME-2000, ..."""
+    if "branches" not in entry:
+        return [make_run(entry, seed, suffix, shared, overrides, folder)]
+    name, ends = entry.get("name", ""), entry["branches"]
+    require(isinstance(ends, list) and ends and all(type(end) is int and end > 0 for end in ends)
+            and ends == sorted({*ends}),
+            f"run {name}: branches = {ends!r} must be rising whole numbers, the tokens to train each branch to")
+    own = {key: value for key, value in entry.items() if key != "branches"}
+    longest = make_run(own | {"name": f"{name}-{ends[-1]}", "max_tokens": ends[-1]}, seed, suffix, shared, overrides,
+                       folder)
+    require(longest.config.schedule == "constant" and longest.config.decay > 0, f"run {name}: branches need a constant "
+            "rate to share and a decay of their own: schedule = 'constant', decay > 0")
+    require(longest.config.max_tokens == ends[-1] <= position(longest.config, total_steps(longest.config))[0],
+            f"run {name}: another max_tokens, or too few max_steps, would end its branches elsewhere")
+    runs = []
+    for end in ends:
+        model = f"{name}-{end}"
+        config = replace(longest.config, max_tokens=end, out_dir=f"{folder}/{model}{suffix}")
+        require(1 < config.warmup <= position(config, trunk_steps(config))[0], f"run {model}: branches share their "
+                f"warmup, so it is in tokens, above 1, and over before a decay begins; not {config.warmup:g}")
+        runs.append(replace(longest, config=config, name=model + suffix, model=model, shorter=[None, *runs][-1]))
+    return runs
 
 
 def make_run(entry: dict, seed: int | None, suffix: str, shared: dict, overrides: dict, folder: str) -> Trial:
@@ -1810,11 +1864,14 @@ def select(runs: list[Trial], only: list[list[str]] | None) -> list[Trial]:
 def dry_run(runs: list[Trial], as_json: bool) -> None:
     """A row a run, and of a single one its sizes in full; nothing is allocated for it, whatever the size.
 
-    as_json: count() and memory() of the run, of a sweep a list of them.
+    as_json: count(), budget() and memory() of the run, of a sweep a list of them; flops_paid: without a trunk that
+    another branch has paid.
     """
     costs = [(run, count(c), memory(c, c.micro_batch, c.dtype), budget(c)) for run in runs for c in [run.config]]
+    paid = [paid_flops(run) for run in runs]
     if as_json:
-        found = [({"name": run.name} if run.name else {}) | sizes | {"memory": need} for run, sizes, need, _ in costs]
+        found = [({"name": run.name} if run.name else {}) | sizes | cost | {"flops_paid": own, "memory": need}
+                 for (run, sizes, need, cost), own in zip(costs, paid)]
         print(json.dumps(found if runs[0].name else found[0]))
         return
     names = [Path(run.config.out_dir).name for run in runs]
@@ -1826,8 +1883,9 @@ def dry_run(runs: list[Trial], as_json: bool) -> None:
         print(f"{name:{width}} {cost['n_total'] / 1e6:9,.2f}M {cost['n_active'] / 1e6:9,.2f}M "
               f"{cost['tokens']:14,} {cost['flops']:8.2e} {need['total'] / 2**30:5.2f} GiB  {fits}", flush=True)
     total = sum(cost["flops"] for *_, cost in costs)
-    print(f"{len(runs)} run{'s'[:len(runs) - 1]}, {total:.3g} FLOPs; parameters include embeddings, counted as each "
-          "run ties them")
+    saving = f", {sum(paid):.3g} with each trunk paid once" if sum(paid) < total else ""
+    print(f"{len(runs)} run{'s'[:len(runs) - 1]}, {total:.3g} FLOPs{saving}; parameters include embeddings, counted as "
+          "each run ties them")
     if not runs[0].name:
         print_sizes(*costs[0][1:3])
 
@@ -1864,6 +1922,13 @@ def seconds_on_h100(config: Config, world: int, sent: dict[str, float]) -> dict[
     exchange = sent["all-to-all"] / within
     return {"computing": count(config)["flops_per_token"] * tokens / rate,
             "sending": exchange + (sum(sent.values()) - sent["all-to-all"]) / link}
+
+
+def paid_flops(run: Trial) -> int:
+    """FLOPs of a run, of a branch without the trunk that it takes over from the next shorter one."""
+    cost, shorter = budget(run.config), run.shorter and run.shorter.config
+    shared = position(shorter, trunk_steps(shorter))[0] if shorter else 0
+    return cost["flops"] * (cost["tokens"] - shared) // cost["tokens"]
 
 
 def print_sizes(sizes: dict[str, int], need: dict[str, int]) -> None:
@@ -1923,12 +1988,12 @@ def run_all(chosen: list[Trial], parallel: int) -> None:
     """Keep `parallel` processes busy until all have ended. Ctrl-C and SIGTERM are passed on, once: the runs save."""
     waiting = [run for run in chosen if run.config.overwrite or outcome(run)[0] not in RESULTS]
     print(f"{len(chosen)} runs, {len(chosen) - len(waiting)} of them have a result; {parallel} at once", flush=True)
-    work = {run.name: budget(run.config)["flops"] for run in waiting}        # the time left goes by it
+    work = {run.name: paid_flops(run) for run in waiting}                    # the time left goes by it
     stop, told, begin, n, done = catch_signals(), False, time.monotonic(), len(waiting), 0
     slots, live = list(range(parallel)), []
     while live or (waiting and not stop):
-        while slots and waiting and not stop:
-            run = waiting.pop(0)
+        while slots and not stop and (run := ready(waiting, live)):
+            waiting.remove(run)
             with blame(run):
                 live.append(start(run, slots[0], parallel))
                 slots.pop(0)
@@ -1965,10 +2030,32 @@ def blame(run: Trial) -> Iterator[None]:
         run.broken = str(error)
 
 
+def ready(waiting: list[Trial], live: list[Started]) -> Trial | None:
+    """The first run that waits for nothing: a branch waits until the next shorter one has ended."""
+    ahead = {run.name for run in itertools.chain(waiting, (one.run for one in live))}
+    return next((run for run in waiting if not (run.shorter and run.shorter.name in ahead)), None)
+
+
+def take_over_trunk(run: Trial) -> None:
+    """Give a branch without a checkpoint the next shorter one's, from where that one's decay began."""
+    here, there = Path(run.config.out_dir), Path(run.shorter.config.out_dir)
+    then, now = read_json(there / "config.json", "max_tokens"), as_json(run.config)
+    if (here / "ckpt.pt").is_file() or not (there / "trunk.pt").is_file() or not then:
+        return
+    if differences(then, now | {"max_tokens": then["max_tokens"]}):        # no longer the same run up to there
+        return
+    write_text_file(here / "config.json", json.dumps(then | now, indent=1))
+    shutil.copy(there / "log.jsonl", here)                                 # (its later lines are left out by open_run)
+    shutil.copy(there / "trunk.pt", here / "ckpt.tmp")
+    (here / "ckpt.tmp").replace(here / "ckpt.pt")
+
+
 def start(run: Trial, slot: int, parallel: int) -> Started:
     """A process of its own for the run: on its GPU, or with its share of the threads. Its output goes to train.log."""
     out, environment = Path(run.config.out_dir), dict(os.environ)
     out.mkdir(parents=True, exist_ok=True)
+    if run.shorter and not run.config.overwrite:
+        take_over_trunk(run)
     (out / "outcome.json").unlink(missing_ok=True)
     if parallel > 1:
         (out / "alone").unlink(missing_ok=True)

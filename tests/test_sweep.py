@@ -229,6 +229,13 @@ ONE = "[dict(name='a')]"
     ("along = 'capacity_factor' must be", ONE + "\nalong = 'capacity_factor'", ""),
     ("holds no run of sweep.py yet", ONE, "--report"), ("one run", None, "--report"), ("one run", None, "--only=a"),
     ("one run", None, "--parallel=2"), ("one run", None, "--seeds=1,2"),
+    *((says, f"[dict(name='a', branches={ends})]\n{more}", "") for says, ends, more in (
+        ("run a: branches = [2, 1] must be rising", [2, 1], ""), ("run a: branches = 5 must be rising", 5, ""),
+        ("run a: branches need a constant rate", [9], ""),
+        ("run a: another max_tokens", [9999], "schedule = 'constant'"),
+        ("run a-999: branches share their warmup", [999], "schedule = 'constant'\nwarmup = 0.1"),
+        ("over before a decay begins; not 998", [999], "schedule = 'constant'\nwarmup = 998"))),
+    ("run a: branch is no config field, did you mean branches?", ONE + "\nbranch = 3", ""),
 ])
 def test_a_mistake_in_a_sweep_is_one_line_before_anything_is_run(command, says, runs, arguments):
     write()
@@ -360,3 +367,105 @@ def test_the_small_search_has_the_runs_of_the_large_one_and_keeps_its_ratios(nam
                                                                  2 * b.n_layer)
         assert (a.n_expert, a.top_k, a.n_head // a.n_kv_head) == (b.n_expert, b.top_k, b.n_head // b.n_kv_head)
         assert a.n_head * a.d_head * b.d_model == b.n_head * b.d_head * a.d_model and a.micro_batch == b.micro_batch
+
+
+# --- branches -------------------------------------------------------------------------------------------------------
+
+
+BRANCHES = dict(max_steps=1000, schedule="constant", decay=0.5, warmup=256, batch_tokens=[[0, 128], [512, 256]],
+                router="switch", top_k=1, capacity_factor=1.0, max_seq_len=32)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The runs of a sweep train in this process, one behind the other; `in_process` lists their names."""
+
+    class Process:
+        def __init__(self, command, stdout, **_):
+            config = t.Config(**json.loads(command[-1]))
+            started.append(Path(config.out_dir).name)
+            print(f"{started[-1]}: ", end="")
+            self.returncode = t.train_alone(config)
+
+        def poll(self):
+            return self.returncode
+
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    return started
+
+
+def kept_run(name: str, out: str = "out/sweep") -> tuple[dict, list]:
+    """The checkpoint of a run, and the loss and rate of each step in its log."""
+    lines = map(json.loads, Path(f"{out}/{name}/log.jsonl").read_text().splitlines())
+    return (torch.load(f"{out}/{name}/ckpt.pt", weights_only=True),
+            [(line["step"], line["ce"], line["lr"]) for line in lines if "lr" in line])
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"]) and all(
+        torch.equal(a["optimizer"]["state"][i][name], b["optimizer"]["state"][i][name])
+        for i in a["optimizer"]["state"] for name in ("exp_avg", "exp_avg_sq"))
+
+
+def test_branches_equal_separate_runs_to_the_last_bit_and_pay_their_trunk_once(command, corpus, in_process):
+    """1024 tokens: trunk of 4 steps of 128; 2048: its decay begins in the ramp's second stage; killed in its decay."""
+    write(dict(name="a", branches=[1024, 2048]), **BRANCHES)
+    step = t.Run.step
+
+    def die(self, n, *rest):
+        step(self, n, *rest)
+        if self.out.name == "a-2048" and n == 8:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t.Run, "step", die)
+        assert command("--checkpoint_interval=1")[0] == 130
+    _, out, _ = command("--checkpoint_interval=1")
+    assert in_process == ["a-1024", "a-2048", "a-2048"] and "continuing at step 9 of 10" in out
+    write(dict(name="b-1024", max_tokens=1024), dict(name="b-2048", max_tokens=2048), **BRANCHES)
+    command("--out_dir=out/alone")
+    for end in (1024, 2048):
+        (branch, log), (alone, alone_log) = kept_run(f"a-{end}"), kept_run(f"b-{end}", "out/alone")
+        assert same(branch, alone) and log == alone_log
+        result = [json.loads(Path(f"{name}-{end}/result.json").read_text()) for name in ("out/sweep/a", "out/alone/b")]
+        assert result[0]["loss"] == result[1]["loss"] and result[0]["tokens"] == end
+    trunk = torch.load("out/sweep/a-1024/trunk.pt", weights_only=True)
+    assert trunk["step"] == next(n for n, _, rate in kept_run("a-1024")[1] if n > 1 and rate < 1e-3)
+    assert not same(trunk, kept_run("a-1024")[0])
+
+
+def test_a_branch_waits_for_the_shorter_one_and_takes_no_trunk_of_another_config(command, corpus, in_process):
+    write(dict(name="a", branches=[512, 1024]), dict(name="b", branches=[512]), **BRANCHES)
+    _, out, _ = command("--parallel=2")
+    assert in_process == ["a-512", "b-512", "a-1024"] and out.count("continuing at step") == 1
+    row = json.loads(command("--dry_run", "--json")[1])[1]
+    assert row["tokens"] == 1024 and row["flops_paid"] == row["flops"] * 640 // 1024
+    write(dict(name="a", branches=[512, 1024, 2048]), learning_rate=2e-3, **BRANCHES)
+    _, out, _ = command("--only=a-2048")
+    assert in_process[3:] == ["a-2048"] and "continuing" not in out
+
+
+def test_the_papers_own_runs_are_listed_with_its_sizes_tokens_and_rates(command, monkeypatch):
+    """Sizes as the paper counts them: without norms and routers. Tokens: to the end of a step."""
+    monkeypatch.chdir(ROOT)
+    with open("results/law/runs.csv") as file:
+        wanted = sorted(tuple(int(row[key]) for key in ("n_expert", "n_active", "n_total", "tokens"))
+                        for row in csv.DictReader(file))
+    runs, found, sizes = t.read_runs("configs/joint_law/paper.py"), [], {}
+    for run in runs:
+        c = run.config
+        if run.shorter is None:
+            sizes = m.count(c)
+            outside = c.n_layer * c.d_model * (2 + c.n_expert * (c.n_expert > 1)) + c.d_model
+        end = int(run.name.rpartition("-")[2])
+        assert 0 <= t.position(c, t.total_steps(c))[0] - end < 262_144
+        found.append((c.n_expert, sizes["active_untied"] - outside, sizes["total_untied"] - outside, end))
+    assert sorted(found) == wanted and len(wanted) == 270
+    assert sum(run.shorter is None for run in runs) == 51, "models, each with one trunk"
+    norms, router = 48 * (2 * 3 + 1), 3 * 48 * 4                            # they are in both of eq. 7's N here
+    body, tables = 13 * 3 * 48**2 + norms + router, 2 * 264 * 48
+    for reading, rate in zip(t.PEAK_RATES, m.peak_rates(body, body + tables, 4)):
+        (found,) = {run.learning_rate for run in t.load_runs("configs/joint_law/small.py", {"learning_rate": reading})
+                    if (run.n_expert, run.d_model) == (4, 48)}
+        assert found == rate
