@@ -1893,6 +1893,9 @@ def dry_run(runs: list[Trial], as_json: bool) -> None:
 def dry_run_world(config: Config, world: int, as_json: bool) -> None:
     """What a rank of `world` holds and sends in a step, for each way to train the config on so many."""
     require(type(world) is int and world > 1, f"--world={world} must be a number of processes, 2 or more")
+    unit, batch = world * config.micro_batch * config.seq_len, ramp(config)[-1][1]
+    require(config.batch_tokens is None or batch % unit == 0,
+            f"batch_tokens = {batch} must be a multiple of micro_batch * seq_len * {world} ranks = {unit}")
     modes = {"ddp": {}, "fsdp": {"data_parallel": "fsdp"}}
     modes |= {f"experts / {n}": {"expert_parallel": n} for n in (2, 4, 8)}
     found = {}
@@ -1904,7 +1907,6 @@ def dry_run_world(config: Config, world: int, as_json: bool) -> None:
             found[mode] = {"held": held, "sent": sent, "seconds": seconds_on_h100(c, world, sent)}
     if as_json:
         return print(json.dumps(found))
-    unit, batch = world * config.micro_batch * config.seq_len, ramp(config)[-1][1]
     print(f"a rank of {world}, {config.dtype}, a step of {max(1, batch // unit)} micro-batches a rank, "
           f"{max(unit, batch):,} tokens in all")
     for part, unit, power in (("held", "GiB", 2**30), ("sent", "GiB a step", 2**30), ("seconds", "on H100s", 1)):
@@ -2583,7 +2585,7 @@ def numbers(value: Tensor | tuple, n_token: int) -> str:
 def main(argv: list[str]) -> None:
     with ranks():
         code = command(argv)
-    sys.exit(code)
+    sys.exit(code or 0)
 
 
 def command(argv: list[str]) -> int | None:
