@@ -1,6 +1,6 @@
 """Started by tests/test_ranks.py under torchrun: several runs in one start of the processes, each (words, stop,
-poison). stop: the steps after which a signal to the last rank stops it. poison: a micro-batch whose targets' sum ends
-in these two digits has a loss that is not a number. Rank 0 prints what each ended in, on each rank."""
+poison). stop: the steps after which a signal to the last rank stops it. poison: a micro-batch whose targets have this
+sum modulo 16 has a loss that is not a number. Rank 0 prints what each ended in, on each rank."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ def disturb(stop, poison):
 
     def poisoned(model, tokens, targets=None, *more, **named):
         o = forward(model, tokens, targets, *more, **named)
-        if model.training and poison is not None and int(targets.sum()) % 100 == poison:
+        if model.training and poison is not None and int(targets.sum()) % 16 == poison:
             o = o._replace(ce=o.ce * float("nan"))
         return o
 

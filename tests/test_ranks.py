@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -35,7 +36,7 @@ KINDS = {  # of training: the flags, what part of the suite asks the most of
     "global": ["--balance_scope=global", "--router=sigmoid", "--bias_rate=0.01", "--aux_coef=0.1"],
 }
 MODES = {"ddp": [], "fsdp": ["--data_parallel=fsdp"], "experts": ["--expert_parallel=2"]}
-POISON = 37                                                              # hits some of the micro-batches of TINY
+POISON = 3                                                               # hits some of the micro-batches of TINY
 
 
 class Folder:
@@ -44,9 +45,9 @@ class Folder:
     def __init__(self, path: Path):
         self.path = path
         (path / "text").mkdir()
+        words, draw = ["router", "expert", "token", "layer", "row", "loss", "norm", "head"], random.Random(1)
         for i in range(40):
-            lines = (ROOT / "train.py").read_text().splitlines()[i * 40:i * 40 + 60]
-            (path / "text" / f"{i}.txt").write_text("\n".join(lines))
+            (path / "text" / f"{i}.txt").write_text(" ".join(draw.choices(words, range(1, 9), k=400)))
         (path / "tiny.py").write_text(f"dataset = {str(path / 'text')!r}\n{TINY}")
 
     def words(self, out: str, *more: str) -> list[str]:
