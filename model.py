@@ -1174,8 +1174,9 @@ def from_hf(folder: str | Path) -> Model:
     """Read a Qwen3-MoE (or dense Qwen3) folder: one safetensors file or a sharded index, experts singly or fused."""
     folder = Path(folder)
     config, files = hf_config(folder), hf_files(folder)
-    with torch.device("meta"):                                  # by the files' headers: refused before memory is taken
-        fill(Model(config), hf_header(files, config), folder)
+    header = hf_header(files, config)
+    with torch.device("meta"):                                  # what does not fit is refused before memory is taken
+        fill(Model(config), header, folder)
     model = Model(config)
     load_file = optional("safetensors.torch").load_file         # (memory-mapped)
     fill(model, {name: tensor for file in files for name, tensor in load_file(file).items()}, folder)
@@ -1245,7 +1246,7 @@ def hf_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards that its index names: files of this folder alone."""
     index = folder / "model.safetensors.index.json"
     shards = read_object(index).get("weight_map") if is_file(index) else {"": "model.safetensors"}
-    require(isinstance(shards, dict) and all(isinstance(file, str) for file in shards.values()),
+    require(isinstance(shards, dict) and len(shards) > 0 and all(isinstance(file, str) for file in shards.values()),
             f"{index} has no weight_map of tensors to files")
     files = sorted(set(shards.values()))
     for file in files:
