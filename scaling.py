@@ -167,12 +167,14 @@ FORMS = {                            # name: the coefficients it pins; the other
 }
 
 
-class Runs(NamedTuple):              # training runs, each field (R,)
+class Runs(NamedTuple):
+    """R training runs, each field (R,); of weight 0 are those held out."""
+
     N: Array
     D: Array
     E: Array
     L: Array
-    weight: Array                    # 0: held out
+    weight: Array
 
     def take(self, mask: Array) -> "Runs":
         return Runs(*(field[mask] for field in self))
@@ -279,8 +281,7 @@ def minimise(surface: Surface, p: Array, target: Array, weight: Array, delta: fl
         w = np.sqrt(weight[live] * delta / np.maximum(abs(r), delta))
         J *= w[:, None]                                    # Huber as reweighted least squares
         slope = (J @ (w * r)[..., None])[..., 0]
-        stuck = np.clip(here - slope, *surface.bounds(here, free)) == here    # pushed against a bound
-        rests = stuck | ~free
+        rests = ~free | (np.clip(here - slope, *surface.bounds(here, free)) == here)      # pushed against a bound
         J[rests] = slope[rests] = 0
         H = J @ J.transpose(0, 2, 1)
         diagonal = np.einsum("sii->si", H)                 # a view: adding to it damps H
@@ -379,7 +380,7 @@ def bootstrap(fitted: Fit, runs: Runs, count: int = 1000, seed: int = 0) -> Fit:
         replicas = refit(fitted, times * runs.weight, surface.target)
         p = surface.centred(replicas[:STARTS])
         p, cost = minimise(surface, p, surface.target, runs.weight, fitted.delta, fitted.free, 1000)
-        if cost.min() >= fitted.cost * (1 - 1e-6) - 1e-12 * runs.weight.sum():
+        if not cost.min() < fitted.cost * (1 - 1e-6) - 1e-12 * runs.weight.sum():
             return fitted._replace(replicas=replicas)
         fitted = fitted.moved(p, cost)
 
@@ -405,6 +406,8 @@ import re
 import shlex
 import sys
 from bisect import bisect_right
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 # --- 3a. runs in, tables out ---------------------------------------------------------------------
@@ -429,15 +432,16 @@ def read_table(path: Path) -> list[dict]:
     """Rows of a CSV, one result.json, or every result.json in a folder; each has its `source`."""
     if path.is_dir():
         found = sorted(path.rglob("result.json"))
-        require(found, f"{path} holds no result.json: train something first, or give a CSV")
+        require(found, f"{path} holds no result.json, which a finished run leaves: train at least 3 sizes at 3 token "
+                       "counts, or give a CSV, such as python scaling.py fit results/law/clark_2022.csv")
         return [row for file in found for row in read_table(file)]
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             if path.suffix == ".json":
                 return [dict(json.load(file), source=str(path))]
-            table = csv.DictReader(file)
+            table = csv.DictReader(file, skipinitialspace=True)
             return [dict(row, source=f"{path} line {table.line_num}") for row in table]
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+    except (ValueError, TypeError, csv.Error) as error:
         kind = type(error).__name__
         raise BadInput(f"{path} cannot be read as a CSV or a result.json of train.py: {kind}") from None
 
@@ -451,31 +455,30 @@ def column(rows: list[dict], name: str) -> Array:
         try:
             values.append(float(text))
         except (TypeError, ValueError):
-            raise BadInput(f"{row['source']}: {name} = {text!r} is not a number") from None
-        require(0 < values[-1] < math.inf, f"{row['source']}: {name} = {text} must be positive and finite")
+            values.append(math.nan)
+        require(0 < values[-1] < math.inf, f"{row['source']}: {name} = {text!r} is not a positive, finite number")
     return np.array(values)
 
 
 def runs_of(rows: list[dict], weights: str | None = None) -> Runs:
     """Runs of rows that have COLUMNS; `weights` names a column, without it all weigh 1."""
     weight = column(rows, weights) if weights else np.ones(len(rows))
-    runs = Runs(*(column(rows, name) for name in COLUMNS), weight)
-    for row, E in zip(rows, runs.E):
+    runs = Runs(*(column(rows, name) for name in COLUMNS), weight / weight.mean())
+    for row, E, L in zip(rows, runs.E, runs.L):
         require(E % 1 == 0, f"{row['source']}: n_expert = {E:g} must be a whole number, 1 for a dense model")
+        require(L < 1000, f"{row['source']}: loss = {L:g} is no loss in nats per token")
     return runs
 
 
 def hold_out(runs: Runs, rule: str, rows: list[dict] | None = None) -> Runs:
     """Weight 0 for loss:30 (lowest, as in the paper), compute:30 (largest 6 N D), column:NAME."""
     kind, _, value = rule.partition(":")
-    by = {"loss": runs.L, "compute": -runs.N * runs.D}
-    out = np.zeros(len(runs.L), bool)
     if kind == "column":
-        cells = [str(row.get(value) or "0").strip().lower() for row in rows]
-        out = ~np.isin(cells, ["0", "0.0", "false"])
-    elif kind in by and value.isdigit():
-        out[np.argsort(by[kind], kind="stable")[:int(value)]] = True
-    require(out.any(), f"--holdout {rule} holds out no run: use loss:30, compute:30, column:NAME, kfold:10, rolling")
+        out = np.array([str(row.get(value) or "0").strip().lower() not in ("0", "0.0", "false") for row in rows])
+    else:
+        by = {"loss": runs.L, "compute": -runs.N * runs.D}[kind]
+        out = by.argsort(kind="stable").argsort() < int(value)
+    require(0 < out.sum() < len(out), f"--holdout {rule} holds out {out.sum()} of {len(out)} runs")
     return runs._replace(weight=np.where(out, 0.0, runs.weight))
 
 
@@ -527,28 +530,29 @@ def clean(value, digits: int = 12):
 
 
 def write(path: str | Path, text: str) -> None:
-    """All or nothing: into a temporary file beside it, then renamed."""
+    """All or nothing: into a temporary file beside it, then renamed; a device such as /dev/stdout stays what it is."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        path.write_text(text)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        require(not path.is_dir(), f"{path} is a folder: name a file in it")
-        partial = path.with_name(path.name + ".partial")
         partial.write_text(text)
         partial.replace(path)
-    except OSError as error:
-        raise BadInput(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def run_tables(args) -> dict:
     """The paper's Tables 1 and 3, recomputed from its Table 2."""
-    law = Law(e_start=args.e_start or Law().e_start)
+    law = Law(e_start=args.e_start)
     E, flops = np.repeat(EXPERTS[:5], 3), np.tile([1e20, 5e20, 1e21], 5)
-    N, D, L = optimum(law, E, flops)
-    one = records(E=E, flops=flops, N=N, D=D, loss=L)
-    three = records(E=EXPERTS, **dict(zip(TERMS[:4], law.terms(EXPERTS))))
-    show(f"Table 3: L = m N^-mu + n D^-nu + {law.c}, E_start = {law.e_start}", three)
-    show("Table 1: the compute optimum", one)
-    return {"table_3": three, "table_1": one}
+    tables = {"table_3": records(E=EXPERTS, **dict(zip(TERMS[:4], law.terms(EXPERTS)))),
+              "table_1": records(E=E, flops=flops, **dict(zip(("N", "D", "loss"), optimum(law, E, flops))))}
+    show(f"Table 3: L = m N^-mu + n D^-nu + {law.c}, E_start = {law.e_start}", tables["table_3"])
+    show("Table 1: the compute optimum", tables["table_1"])
+    return tables
 
 
 # --- 3b. fitting your own runs, and how far to trust it ------------------------------------------
@@ -570,20 +574,20 @@ def fit_form(runs: Runs, form: str, pinned: dict, delta: float | None = None) ->
     """The parts of a fit, and the coefficients that too few token counts (within 2% they are one) or numbers of
     experts cannot tell: held at 0, or E_start and E_max at the paper's. Runs that cannot tell the rest are refused."""
     parts, held = [], {}
+    given = pinned | FORMS[form]
     for E in np.unique(runs.E) if form == "chinchilla" else [None]:
         where = f"E = {E:g}: " if E else ""
         mask = runs.E == E if E else runs.E > 0
         used = runs.take(mask & (runs.weight > 0))
         sizes, tokens, experts = len(np.unique(used.N)), len(set(grouped(used.D, 0.02))), len(np.unique(used.E))
         unknown = {1: NO_EXPERTS | EHAT, 2: EHAT, 3: {"e_max": Law().e_max}}.get(experts, {})
-        given = pinned | FORMS[form]
         if tokens == 1 and not NO_TOKENS.keys() <= given.keys():
             unknown = unknown | NO_TOKENS
             require(not NO_TOKENS.keys() & pinned.keys(), f"{where}one token count cannot tell the term in D from c: "
                                                           "pin all of b, beta, omega and zeta, or none")
         fixed = unknown | given
         count = len(NAMES) - len(fixed)
-        require(sizes >= 3 - len({"a", "alpha", "c"} & pinned.keys()), f"{where}{sizes} value(s) of n_active cannot "
+        require(sizes >= 3 - len({"a", "alpha", "c"} & given.keys()), f"{where}{sizes} value(s) of n_active cannot "
                 "tell a and alpha from c: train at least 3 sizes, or pin alpha or c")
         require(tokens >= 3 - len({"b", "beta", "c"} & pinned.keys()) or NO_TOKENS.keys() <= fixed.keys(),
                 f"{where}{tokens} value(s) of tokens cannot tell b, beta, omega and zeta from c: train at least 3 "
@@ -606,13 +610,19 @@ def predict(parts: list[tuple], runs: Runs, weight: Array | None = None) -> Arra
     return out
 
 
-def held_out_rmse(parts: list[tuple], runs: Runs, folds: int) -> float:
-    """RMSE on runs of weight 0 or, with folds, on each run by a fit without its fold."""
-    if not folds:
+def held_out_rmse(parts: list[tuple], runs: Runs, rule: str = "") -> float:
+    """RMSE on runs of weight 0 or, with kfold:10, on each run by a fit without its fold: runs of one point share it."""
+    if not rule.startswith("kfold"):
         return rmse((predict(parts, runs) - runs.L)[runs.weight == 0])
-    fold = np.random.default_rng(0).permutation(len(runs.L)) % folds
+    folds = min(int(rule[6:]), len(runs.L))
+    fold = np.random.default_rng(0).permutation(len(runs.L))[points(runs)] % folds
     unseen = predict(parts, runs, (fold != np.arange(folds)[:, None]).astype(float))
     return rmse(unseen[fold, np.arange(len(fold))] - runs.L)
+
+
+def points(runs: Runs) -> Array:
+    """The number (R,) of each run's point (N, D, E): equal for runs that repeat one."""
+    return np.unique(runs[:3], axis=1, return_inverse=True)[1].ravel()
 
 
 def roll(runs: Runs, form: str, pinned: dict, delta: float | None) -> tuple[list[dict], Array]:
@@ -621,16 +631,16 @@ def roll(runs: Runs, form: str, pinned: dict, delta: float | None) -> tuple[list
     budget = grouped(flops, SAME_BUDGET)
     rows, errors = [], []
     for k in range(max(1, budget.max() - 9), budget.max() + 1):
-        unseen = budget == k
+        known = runs._replace(weight=runs.weight * (budget < k)).take(budget <= k)
         try:
-            past = runs._replace(weight=np.where(unseen, 0, runs.weight)).take(budget <= k)
-            parts, _ = fit_form(past, form, pinned, delta)
+            parts, _ = fit_form(known, form, pinned, delta)
         except BadInput:
             continue
-        error = (predict(parts, past) - past.L)[unseen[budget <= k]]
+        unseen = known.weight == 0
+        error = (predict(parts, known) - known.L)[unseen]
         errors.extend(error)
-        rows.append({"budget": flops[unseen].max(), "runs": len(error), "rmse": rmse(error),
-                     "error at its best run": error[runs.L[unseen].argmin()]})
+        rows.append({"budget": flops[budget == k].max(), "runs": len(error), "rmse": rmse(error),
+                     "error at its best run": error[known.L[unseen].argmin()]})
     require(rows, "--holdout rolling: the runs below a compute budget never suffice for a fit that predicts it")
     return rows, np.array(errors)
 
@@ -646,7 +656,8 @@ def near_best(runs: Runs, nats: float) -> Array:
 def lack_of_fit(runs: Runs, error: Array, noise: float | None) -> str:
     """One line: how many times the noise the errors are, along what they lean, and what to do."""
     if noise is None:
-        _, point, count = np.unique(runs[:3], axis=1, return_inverse=True, return_counts=True)
+        point = points(runs)
+        count = np.bincount(point)
         spread = runs.L - (np.bincount(point, runs.L) / count)[point]
         noise = math.sqrt((spread**2).sum() / max(len(point) - len(count), 1))
     if noise < 1e-9:
@@ -669,7 +680,7 @@ def lack_of_fit(runs: Runs, error: Array, noise: float | None) -> str:
             + mend.get(axis, f"leave out the runs of smallest {axis}"))
 
 
-def compare_forms(runs: Runs, pinned: dict, delta: float, unseen_rmse) -> list[dict]:
+def compare_forms(runs: Runs, pinned: dict, delta: float, unseen_rmse: Callable) -> list[dict]:
     """Every form at one Huber width; AIC = n ln(2 sum Huber / n) + 2 parameters, from the best."""
     rows = []
     used = runs.weight > 0
@@ -699,31 +710,32 @@ def per_expert(parts: list[tuple], runs: Runs) -> dict:
     return known
 
 
-def fit_input(args) -> tuple[Runs, list[dict], dict, int]:
-    """The runs that `fit` is asked to use, their rows, the pinned coefficients, and the number of folds."""
-    pinned = {name: value for name in EHAT if (value := getattr(args, name))} | dict(args.pin)
+def fit_input(args) -> tuple[Runs, list[dict], dict]:
+    """The runs that `fit` is asked to use, their rows, and the pinned coefficients."""
+    pinned = dict(args.pin)
     if pinned.get("b") == 0:                           # then nothing tells the exponents of its term
         pinned = NO_TOKENS | pinned
     start, top = pinned.get("e_start", 50), pinned.get("e_max", math.inf)       # 50: the search's bound
     require(0.05 <= start <= min(50, 0.95 * top) and top >= 2,
-            "--e_start must lie from 0.05 to 50 and 6% below --e_max; --e_max from 2, from 53 when E_start is free")
+            "e_start must lie from 0.05 to 50 and 6% below e_max; e_max from 2, from 53 when e_start is free")
     both = pinned.keys() & FORMS[args.form]
     require(not both, f"--form {args.form} sets {', '.join(both)} itself")
     rows = [row for source in args.sources for row in read_table(Path(source))]
     require(rows, f"{' '.join(args.sources)}: no runs in it")
     runs = runs_of(rows, args.weights)
+    require(pinned.get("c", 0) < runs.L.min(), f"--pin c={pinned.get('c')} is not below the least loss, {runs.L.min()}")
     if args.near:
         keep = near_best(runs, args.near)
         print(f"--near {args.near:g} keeps {keep.sum()} of {len(keep)} runs")
         rows, runs = list(compress(rows, keep)), runs.take(keep)
-    kfold = re.fullmatch(r"kfold:([2-9]|[1-9]\d+)", args.holdout)
-    folds = min(int(kfold[1]), len(rows)) if kfold else 0
-    return runs if folds or args.holdout == "rolling" else hold_out(runs, args.holdout, rows), rows, pinned, folds
+    if args.holdout.startswith(("loss", "compute", "column")):
+        runs = hold_out(runs, args.holdout, rows)
+    return runs, rows, pinned
 
 
 def run_fit(args) -> dict:
     """Fit runs and say how far to trust the result."""
-    runs, rows, pinned, folds = fit_input(args)
+    runs, rows, pinned = fit_input(args)
     parts, held = fit_form(runs, args.form, pinned, args.huber)
     if held:
         print(f"note: such runs cannot tell {', '.join(held)}: held at",
@@ -735,20 +747,19 @@ def run_fit(args) -> dict:
         for said in fitted.at_bound():
             print(f"warning: {said} lies at the bound of the search: take it for a limit, not for a value")
 
-    rolled = {}
+    @cache
+    def rolled(form):
+        return roll(runs, form, pinned, args.huber)
 
     def unseen_rmse(parts, form):
-        if args.holdout != "rolling":
-            return held_out_rmse(parts, runs, folds)
-        if form not in rolled:
-            rolled[form] = roll(runs, form, pinned, args.huber)
-        return rmse(rolled[form][1])
+        return rmse(rolled(form)[1]) if args.holdout == "rolling" else held_out_rmse(parts, runs, args.holdout)
     known = per_expert(parts, runs)
     predicted = predict(parts, runs)
     used = runs.weight > 0
     deviations = np.log(runs.L / predicted)
     deviations /= robust_deviation(deviations[used])
     far = used & (abs(deviations) > 5)
+    near = used & ~far
     pull = rmse(predict(parts, runs, 1 - np.eye(len(rows))) - predicted)
     table = records(**dict(zip(COLUMNS, runs)), predicted=predicted, pull=pull, deviations=deviations,
                     source=[row["source"] for row in rows])
@@ -760,22 +771,26 @@ def run_fit(args) -> dict:
         "rmse_train": rmse((predicted - runs.L)[used]), "rmse_holdout": unseen_rmse(parts, args.form), "runs": table,
         "intervals": {E: {name: row[name][1] for name in TERMS} for E, row in known.items()},
         "starts_agree": np.mean([fitted.agree for _, fitted in parts]),
-        "lack_of_fit": lack_of_fit(runs.take(used & ~far), (runs.L - predicted)[used & ~far], args.noise),
+        "lack_of_fit": lack_of_fit(runs.take(near), (runs.L - predicted)[near], args.noise),
         "forms": compare_forms(runs, pinned, first.delta, unseen_rmse)}
-    print("form {form}: {starts_agree:.0%} of {0} starts reach the optimum; Huber width {1:.4g}\n"
-          "RMSE train {rmse_train:.5f}, held-out {rmse_holdout:.5f} nats ({2})\n{lack_of_fit}\n".format(
-              sum(fitted.starts for _, fitted in parts), first.delta, args.holdout, **result))
+    print(f"form {args.form}: {result['starts_agree']:.0%} of {sum(fitted.starts for _, fitted in parts)} starts reach "
+          f"the optimum; Huber width {first.delta:.4g}\nRMSE train {result['rmse_train']:.5f}, held-out "
+          f"{result['rmse_holdout']:.5f} nats ({args.holdout})\n{result['lack_of_fit']}\n")
     show(f"The law at each E, with 90% intervals from {args.bootstrap} bootstrap refits",
-         [{"E": E} | {name: "{:.4g} [{:.4g}, {:.4g}]".format(value, *interval)
-                      for name, (value, interval) in row.items()} for E, row in known.items()])
+         [{"E": E} | {name: f"{value:.4g} [{low:.4g}, {high:.4g}]" for name, (value, (low, high)) in row.items()}
+          for E, row in known.items()])
     if far.any():
         result["without_outliers"] = show_outliers(table, far, runs, known, pinned, args)
-    if rolled:
-        result["rolling"], _ = rolled[args.form]
+    if args.holdout == "rolling":
+        result["rolling"], _ = rolled(args.form)
         show("Each compute budget predicted from those below it, nats", result["rolling"])
     if len(parts) == 1:                                # several laws share no coefficients to save
         result |= {"law": first.law._asdict(), "draws": first.replicas}
-        show_coefficients(first)
+        show("Its coefficients; not identified where the interval is wider than twice the value", [
+            {"coefficient": name, "value": value, "90%": (low, high), "": "held fixed" if not moves else
+             "NOT IDENTIFIED" if high - low >= 2 * abs(value) else ""}
+            for name, value, moves, (low, high) in zip(NAMES, first.law, first.free, map(
+                band, first.replicas.T, first.law))])
     show("The forms side by side; AIC from the best", result["forms"])
     show("The runs that pull hardest: RMS change of all predictions when one is left out",
          sorted(table, key=lambda row: -row["pull"])[:5])
@@ -787,7 +802,7 @@ def show_outliers(table: list[dict], far: Array, runs: Runs, known: dict, pinned
     furthest = sorted(compress(table, far), key=lambda row: -abs(row["deviations"]))
     show(f"{len(furthest)} runs lie over 5 robust deviations off; the furthest", furthest[:10])
     try:
-        parts, _ = fit_form(runs._replace(weight=np.where(far, 0, runs.weight)), args.form, pinned, args.huber)
+        parts, _ = fit_form(runs._replace(weight=runs.weight * ~far), args.form, pinned, args.huber)
     except BadInput as error:
         print(f"no law without them: {error}\n")
         return None
@@ -797,36 +812,26 @@ def show_outliers(table: list[dict], far: Array, runs: Runs, known: dict, pinned
     return laws
 
 
-def show_coefficients(fitted: Fit) -> None:
-    rows = []
-    for name, value, moves, theta in zip(NAMES, fitted.law, fitted.free, fitted.replicas.T):
-        low, high = band(theta, value)
-        known = "" if high - low < 2 * abs(value) else "NOT IDENTIFIED"
-        rows.append({"coefficient": name, "value": value, "90%": (low, high), "": known if moves else "held fixed"})
-    show("Its coefficients; not identified where the interval is wider than twice the value", rows)
-
-
 def run_simulate(args) -> dict:
     """Noisy losses from the paper's law on its runs, fitted with the 30 lowest held out."""
     truth = paper_runs()
     ratio = np.log(truth.D / truth.N)
     truth = hold_out(truth._replace(L=truth.L + args.curve * (ratio - ratio.mean())**2), "loss:30")
     held = truth.weight == 0
-
-    def knowledge(law):
-        predictions = law.loss(*truth.take(held)[:3])
-        return dict(zip(TERMS, law.terms(EXPERTS)), prediction=predictions)
-    known = {"prediction": truth.L[held]} if args.curve else knowledge(Law())      # a curved law has other terms
+    known = {"prediction": truth.L[held]}
+    if not args.curve:                                 # a curved law has other terms
+        known = dict(zip(TERMS, Law().terms(EXPERTS))) | known
     rows = []
     for seed in range(args.draws):
         runs = with_noise(truth, seed, outliers=args.outliers)
         fitted = fit(runs)
         error = fitted.law.loss(*truth[:3]) - truth.L
         row = {"rmse_train": rmse(error[~held]), "rmse_holdout": rmse(error[held]), "starts_agree": fitted.agree}
-        replicas = knowledge(many(bootstrap(fitted, runs, 200, seed).replicas))
-        for name in known:
+        laws = many(bootstrap(fitted, runs, 200, seed).replicas)
+        replicas = dict(zip(TERMS, laws.terms(EXPERTS)), prediction=laws.loss(*truth.take(held)[:3]))
+        for name, true in known.items():
             low, high = np.quantile(replicas[name], [0.05, 0.95], axis=0)
-            row[f"cover_{name}"] = np.mean((low <= known[name]) & (known[name] <= high))
+            row[f"cover_{name}"] = np.mean((low <= true) & (true <= high))
         rows.append(row | {"law": fitted.law})
     mean = {key: np.mean([row[key] for row in rows]) for key in row}       # row: all but the law
     mean["cover"] = np.mean([mean[f"cover_{name}"] for name in known])
@@ -841,7 +846,6 @@ def run_simulate(args) -> dict:
 # --- 3c. the best model under budgets ------------------------------------------------------------
 
 BYTES = {"bf16": 2, "fp32": 4}
-AXES = {"memory": (1e8, 1e12), "flops": (1e18, 1e26)}       # where `switches` looks: parameters, FLOPs
 
 
 def chosen_law(path: str | None) -> tuple[Array, Runs]:
@@ -853,43 +857,11 @@ def chosen_law(path: str | None) -> tuple[Array, Runs]:
         saved = json.loads(Path(path).read_text())
         laws = np.array([[saved["law"][name] for name in NAMES], *saved["draws"]], float)
         runs = runs_of(saved["runs"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise BadInput(f"{path} holds no law: write one with python scaling.py fit RUNS.csv --json {path}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadInput(f"{path} holds no law: write one with python scaling.py fit RUNS.csv --json {path}, in any "
+                       "form but chinchilla") from None
     require(laws[0, 4] > 0, f"{path} is a law without tokens, b = 0: it has no optimum")
     return np.nan_to_num(laws, nan=math.inf), runs                # JSON's null: an infinite E_max
-
-
-def switches(laws: Array, axis: str, values: Array, **budget) -> list[dict]:
-    """Where the best E of laws[0] changes along `axis` ("memory" or "flops"), and the 90% range of it over the other
-    laws (1 + S, 11). `values` (G,) are evenly spaced in their logarithms."""
-    loss = np.minimum(optimum(many(laws, 2), EXPERTS[:, None], **budget | {axis: values})[2], 1e9)    # (1 + S, E, G)
-    best = loss[0].argmin(0)
-    found = []
-    for i in np.flatnonzero((best[1:] != best[:-1]) & (loss[0].min(0)[:-1] < 1e9)):
-        before, after = best[i], best[i + 1]
-        places = []
-        for gap in loss[:, before] - loss[:, after]:               # of a law, (G,): it rises through zero at a switch
-            rises = np.flatnonzero((gap[:-1] < 0) & (gap[1:] >= 0))
-            for k in rises[abs(rises - i).argsort()[:1]]:          # the nearest to i, if any
-                places.append(values[k] * (values[1] / values[0]) ** (gap[k] / (gap[k] - gap[k + 1])))
-        at, *moved = places
-        found.append({axis: at, "from": EXPERTS[before], "to": EXPERTS[after], "interval": band(moved),
-                      "share_of_replicas": len(moved) / (len(laws) - 1)})
-    return found
-
-
-def rule_of_thumb(law: Law, experts: Array, flops: Array) -> list[dict]:
-    """The paper's rule: at equal total parameters, E <= 8 experts on E times the tokens beat the compute-optimal dense
-    model. For each E, over dense budgets `flops` (G,): how often it holds, gain in nats, cost in dense FLOPs."""
-    N, D, dense = optimum(law, 1, flops)
-    rows = []
-    for E in experts.tolist():
-        d = width(N, E)                              # all N parameters of a dense model are active
-        active = law_size(d, d / 64)
-        gain, cost = dense - law.loss(active, E * D, E), 6 * active * E * D / flops
-        rows.append({"n_expert": E, "holds": (gain > 0).mean(), "gain": (gain.min(), gain.max()),
-                     "cost": (cost.min(), cost.max())})
-    return rows
 
 
 def winners(loss: Array) -> Array:
@@ -898,33 +870,22 @@ def winners(loss: Array) -> Array:
 
 
 def run_optimum(args) -> dict:
-    """The best model for each number of experts under the budgets, and where the best changes."""
+    """The best model for each number of experts under the budgets."""
     laws, _ = chosen_law(args.law)
     unit, memory = args.memory or ("number", None)
-    budget = {"flops": args.flops, "kv_tokens": args.kv_tokens, "inference_tokens": args.inference_tokens,
-              "memory": memory / BYTES[args.dtype] if unit == "bytes" else memory}
-    N, D, loss = optimum(many(laws), EXPERTS, **budget)
+    memory = memory / BYTES[args.dtype] if unit == "bytes" else memory
+    N, D, loss = optimum(many(laws), EXPERTS, args.flops, memory, args.kv_tokens, args.inference_tokens)
     fits = np.isfinite(loss[0])
-    require(fits.any(), f"no model meets these budgets, the smallest has {law_size(64, 1):,} parameters: "
-                        "raise --flops or --memory, or lower --kv_tokens or --inference_tokens")
+    require(fits.any(), f"no model meets these budgets, the smallest has {law_size(64, 1):,} parameters: raise --flops "
+                        "or --memory, or lower --vocab, --kv_tokens or --inference_tokens")
     d = width(N[0])
     rows = records(n_expert=EXPERTS, n_active=N[0], n_total=law_size(d, d / 64, EXPERTS), tokens=D[0], loss=loss[0])
     table = [row | {"90%": band(losses), "best in": f"{part:.1%}"}
              for row, losses, part in zip(rows, loss[1:].T, winners(loss[1:]))]
-    result = {"rows": list(compress(rows, fits)), "best": EXPERTS[loss[0].argmin()]}
-    show(f"The best is E = {result['best']}; 90% intervals, and the share of the replicas in which an E is the best",
+    best = EXPERTS[loss[0].argmin()]
+    show(f"The best is E = {best}; 90% intervals, and the share of the replicas in which an E is the best",
          list(compress(table, fits)))
-    if args.switches:
-        del budget[args.switches]
-        values = np.geomspace(*AXES[args.switches], 401)
-        result["switches"] = switches(laws, args.switches, values, **budget)
-        show(f"Where the best E changes along {args.switches}", result["switches"] or [{"": "nowhere"}])
-    if args.rule_of_thumb:
-        flops = np.geomspace(1e19, 1e24, 51)
-        result["rule_of_thumb"] = rule_of_thumb(Law(*laws[0]), EXPERTS[1:], flops)
-        show("E times the tokens at equal memory, dense optima of 1e19 to 1e24 FLOPs: gain in nats, times the FLOPs",
-             result["rule_of_thumb"])
-    return result
+    return {"rows": list(compress(rows, fits)), "best": best}
 
 
 # --- 3d. from the law to a model to train --------------------------------------------------------
@@ -933,13 +894,14 @@ def run_optimum(args) -> dict:
 RAMP = [[0, 65_536], [500_000_000, 131_072], [1_000_000_000, 262_144]]
 
 
-def model_config(d: int, E: int):
+def model_config(d: int, E: int, d_head: int = 64):
     """The paper's model in model.py's words: d/64 blocks and heads, experts of width 3d, top-1 (Switch). The gate's
     probability weights its one expert as it is: renormalised to 1 it would get no gradient from the loss. 512 tokens
     of context, as in the authors' public configs: the law's loss is at that length."""
     from model import ModelConfig
+    n = d // d_head
     return ModelConfig(
-        n_layer=d // 64, d_model=d, n_head=d // 64, n_kv_head=d // 64, d_head=64, n_expert=E, top_k=1, d_expert=3 * d,
+        n_layer=n, d_model=d, n_head=n, n_kv_head=n, d_head=d_head, n_expert=E, top_k=1, d_expert=3 * d,
         vocab_size=VOCABULARY, seq_len=512, rope_base=1e4, qk_norm=False, init_scale=0.1, tie_embeddings=False,
         renormalize=False, aux_coef=0.01, z_coef=0.001)
 
@@ -947,31 +909,32 @@ def model_config(d: int, E: int):
 def candidates(args, laws: Array, limit: float, dtype: str) -> list[dict]:
     """The best of all shapes of the paper's rule for each E; limit: bytes of one GPU, to train and to serve."""
     from model import memory
-    d = 64 * np.arange(1, 257)
-    E = EXPERTS[:, None]
-    active, total = law_size(d, d // 64), law_size(d, d // 64, E)
+    d = args.d_head * np.arange(1, 257)
+    n, E = d // args.d_head, EXPERTS[:, None]
+    active, total = law_size(d, n), law_size(d, n, E)
     tokens = args.flops / (6 * active) - args.inference_tokens / 3
-    deployed = (total + 2 * args.context * d**2 / 64) * BYTES[args.dtype]
+    deployed = (total + 2 * args.context * n * d) * BYTES[args.dtype]
     trains = [bisect_right(d.tolist(), limit, key=lambda width, E=E: memory(
-        model_config(width, E), 1, dtype)["total"]) for E in EXPERTS.tolist()]
-    fits = (deployed <= limit) & (tokens >= RAMP[0][1]) & (d <= 64 * np.array(trains)[:, None])
+        model_config(width, E, args.d_head), 1, dtype)["total"]) for E in EXPERTS.tolist()]
+    fits = (deployed <= limit) & (tokens >= (args.batch or RAMP[0][1])) & (n <= np.array(trains)[:, None])
     require(fits.any(), f"no model meets {args.flops:.3g} FLOPs with {limit / 1e9:.3g} GB for a training step and for "
-            f"{args.context:g} tokens of context: raise --flops or --memory, or lower --context or --inference_tokens")
+            f"{args.context:g} tokens of context: raise --flops or --memory, or lower --vocab, --context, --batch or "
+            "--inference_tokens")
     loss = np.where(fits, many(laws, 2).loss(active, np.maximum(tokens, 1), E), np.inf)
     best = loss[0].argmin(1)                                       # the best shape for each E
     each = range(len(best))
     losses = loss[:, each, best]
     rows = records(
-        n_expert=EXPERTS, d_model=d[best], n_layer=d[best] // 64, n_active=active[best], n_total=total[each, best],
+        n_expert=EXPERTS, d_model=d[best], n_layer=n[best], n_active=active[best], n_total=total[each, best],
         tokens=tokens[best], loss=losses[0], interval=[band(some) for some in losses[1:].T],
         deployed_bytes=deployed[each, best].astype(int), chance_best=winners(loss[1:].min(2)))
     return list(compress(rows, fits.any(1)))
 
 
-def ramp_steps(tokens: float) -> int:
+def ramp_steps(tokens: float, ramp: list = RAMP) -> int:
     """Steps to `tokens`; a stage of the ramp ends at the step that reaches the next one's start."""
     steps = seen = 0
-    for (_, batch), (end, _) in zip(RAMP, [*RAMP[1:], (math.inf, 0)]):
+    for (_, batch), (end, _) in zip(ramp, [*ramp[1:], (math.inf, 0)]):
         more = max(0, math.ceil((min(tokens, end) - seen) / batch))
         steps += more
         seen += more * batch
@@ -990,72 +953,94 @@ def run_plan(args) -> dict:
     require(not args.write or args.write.endswith(".py"),
             f"--write {args.write}: a config is a Python file, such as configs/planned.py")
     require(args.gpu in CARDS, f"--gpu {args.gpu} must be one of {', '.join(CARDS)}")
+    ramp = [[0, args.batch]] if args.batch else RAMP
+    require(ramp[0][1] % 512 == 0, f"--batch {args.batch} is no multiple of 512, the context of the law")
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[args.dtype]
     limit = args.memory[1] if args.memory else CARDS[args.gpu].memory
     rows = candidates(args, laws, limit, dtype)
     best = min(rows, key=lambda row: row["loss"])
-    E, N, D = (best[name] for name in ("n_expert", "n_active", "tokens"))
-    config = model_config(best["d_model"], E)
-    body = N - 2 * best["d_model"] * VOCABULARY
+    E, N, D, d = (best[name] for name in ("n_expert", "n_active", "tokens", "d_model"))
+    config = model_config(d, E, args.d_head)
+    body = N - 2 * d * VOCABULARY
     by_text, by_code = peak_rates(body, N, E)
-    most = RAMP[0][1] // (config.seq_len * args.gpus)     # sequences a GPU in the smallest batch
-    micro = 1
-    while 2 * micro <= most and memory(config, 2 * micro, dtype)["total"] <= limit:
+    micro, most = 1, ramp[0][1] // 512 // args.gpus       # sequences a GPU in the smallest batch
+    while most % (2 * micro) == 0 < most and memory(config, 2 * micro, dtype)["total"] <= limit:
         micro *= 2
+    train = memory(config, micro, dtype)
+    rate = args.learning_rate or by_text
+    days = 6 * N * D / (args.gpus * getattr(CARDS[args.gpu], dtype) * args.mfu) / 86400
     N_run, D_run = ((field * (runs.E == E)).max() or math.nan for field in runs[:2])
+    beyond = N / N_run, D / D_run, N * D / (runs.N * runs.D).max()
     result = best | {
         "n_active_without_embeddings": body, "n_total_with_router_and_norms": count(config)["total_untied"],
-        "steps": ramp_steps(D), "batch_ramp": RAMP, "micro_batch": micro, "learning_rate": by_text,
-        "learning_rate_authors_code": by_code, "training_bytes": memory(config, micro, dtype),
-        "gpus": f"{args.gpus} x {args.gpu}", "assumed_mfu": args.mfu,
-        "days": 6 * N * D / (args.gpus * getattr(CARDS[args.gpu], dtype) * args.mfu) / 86400,
-        "beyond_the_runs": {        # times the largest run, of this E for N and D; nan: none has it
-            "N": N / N_run, "D": D / D_run, "flops": N * D / (runs.N * runs.D).max()}}
+        "steps": ramp_steps(D, ramp), "batch_ramp": ramp, "micro_batch": micro, "learning_rate": rate,
+        "learning_rate_authors_code": by_code, "training_bytes": train, "days": days,
+        "beyond_the_runs": dict(zip(("N", "D", "flops"), beyond))}        # times the largest; nan: none of this E
     show("The best shape for each number of experts", rows)
-    for key, value in clean(result, 5).items():
-        print(f"{key:30} {value}")
-    print(f"The interval is that of the law: a run scatters by {NOISE} nats more, and no interval knows of a law that "
-          "bends beyond its runs.\ntrain.py runs on one GPU: more of them cut the days only if you split its batches.")
+    low, high = best["interval"]
+    print(f"""The best: {E} experts of width {3 * d} in {config.n_layer} blocks of width {d}, {config.n_head} heads
+  parameters     {N:,} active, {body:,} of them not in embeddings, {best["n_total"]:,} in all
+  loss           {best["loss"]:.4f} nats a token, 90% {low:.4f} to {high:.4f} for the law; a single run scatters more
+  tokens         {D:,.0f} in {result["steps"]:,} steps of {" then ".join(f"{batch:,}" for _, batch in ramp)}
+  micro-batch    {micro} sequences of {config.seq_len} on each of {args.gpus} x {args.gpu}
+  peak rate      {rate:.4g}; eq. 7 says {by_text:.4g} by the text, {by_code:.4g} by the authors' code
+  memory         {train["total"] / 1e9:.3g} GB to train, {best["deployed_bytes"] / 1e9:.3g} to serve, of {limit / 1e9:.3g}
+  time           {days:.3g} days at {args.mfu:.0%} of the peak, on several GPUs if you split its batches
+  beyond runs    N {beyond[0]:.3g} and D {beyond[1]:.3g} times those of this E (nan: none), FLOPs {beyond[2]:.3g} times
+No interval knows of a law that bends beyond its runs.""")
     if args.write:
-        write_config(args.write, result, config, dtype, args.command)
+        write_config(args, result, config, dtype)
         print(f"wrote {args.write}: give it a dataset and a tokenizer before you train it")
     return result | {"rows": rows}
 
 
-def write_config(path: str, best: dict, config, dtype: str, command: str) -> None:
+def write_config(args, best: dict, config, dtype: str) -> None:
     """A flat config, one assignment a line, that `python train.py` accepts as it is."""
     tokens = int(best["tokens"])
     values = {k: v for k, v in vars(config).items() if k not in ("max_seq_len", "norm_eps")} | {
         "dataset": "stdlib", "tokenizer": "bytes", "max_steps": best["steps"], "max_tokens": tokens,
-        "batch_tokens": RAMP, "micro_batch": best["micro_batch"], "learning_rate": clean(best["learning_rate"], 4),
-        "min_learning_rate": 0.0, "schedule": "constant", "warmup": min(130_000_000, tokens // 10), "decay": 0.2,
-        "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "grad_clip": 0.1, "dtype": dtype}
+        "batch_tokens": best["batch_ramp"], "micro_batch": best["micro_batch"],
+        "learning_rate": clean(best["learning_rate"], 4), "min_learning_rate": 0.0, "schedule": "constant",
+        "warmup": min(130_000_000, tokens // 10), "decay": 0.2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999,
+        "grad_clip": 0.1, "dtype": dtype}
     low, high = best["interval"]
-    write(path, f"# {command}\n# Expected loss {best['loss']:.4f} nats a token (90%: {low:.4f} to {high:.4f}) on "
-                "FineWeb-Edu in GPT-2 tokens: set dataset to its\n# files and tokenizer = 'gpt2'. Learning rate by the "
-                f"other reading of eq. 7: {best['learning_rate_authors_code']:.4g}\n\n"
-                + "".join(f"{k} = {v!r}\n" for k, v in values.items()))
+    data = f"the data of {args.law}" if args.law else "FineWeb-Edu in GPT-2 tokens: set dataset and tokenizer"
+    write(args.write, f"# {args.command}\n# Expected loss {best['loss']:.4f} nats a token (90%: {low:.4f} to "
+          f"{high:.4f}) on {data}.\n# Learning rate by the other reading of eq. 7: "
+          f"{best['learning_rate_authors_code']:.4g}\n\n" + "".join(f"{k} = {v!r}\n" for k, v in values.items()))
 
 
 # --- 3e. the command line ------------------------------------------------------------------------
 
 
 def quantity(text: str) -> tuple[str, float]:
-    """("number" or "bytes", value) of 1e22, 20B (billion), 80GB, "80 GiB"."""
+    """("number" or "bytes", value) of 1e22, 20B (billion), 80GB, "80 GiB"; value nan of anything else."""
     form = r"((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(?:([KMGTP])(i?)B|([KMBT]))?"
     match = re.fullmatch(form, text.strip().replace("_", ""), re.IGNORECASE)
-    value = float(match[1]) if match else math.nan
-    require(0 < value < math.inf, f"{text!r} is no positive quantity such as 1e22, 20B (billion), 80GB or 80GiB")
+    if not match:
+        return "number", math.nan
     if match[2]:
-        power = "KMGTP".index(match[2].upper()) + 1
-        return "bytes", value * (1024 if match[3] else 1000) ** power
-    return "number", value * 1000 ** "_KMBT".index((match[4] or "_").upper())
+        return "bytes", float(match[1]) * (1024 if match[3] else 1000)**("KMGTP".index(match[2].upper()) + 1)
+    return "number", float(match[1]) * 1000**"_KMBT".index((match[4] or "_").upper())
 
 
-def plain(text: str) -> float:
-    unit, value = quantity(text)
-    require(unit == "number", f"{text!r} is in bytes; this is a number such as 1e22 or 20B (billion)")
-    return value
+def reader(must: str, fits: Callable, convert: Callable = float) -> Callable:
+    """Reads an argument that `must` be a plain number which `fits`, or stops."""
+    def read(text: str):
+        unit, value = quantity(text)
+        require(unit == "number" and 0 < value < math.inf and fits(value), f"{text!r} must be {must}")
+        return convert(value)
+    return read
+
+
+plain = reader("a positive number such as 1e22 or 20B (billion), not in bytes", lambda value: True)
+whole = reader("a whole number from 1 to 1,000,000", lambda value: value % 1 == 0 and value <= 1e6, int)
+share = reader("a share above 0, at most 1", lambda value: value <= 1)
+
+
+def memory_size(text: str) -> tuple[str, float]:
+    require(0 < quantity(text)[1] < math.inf, f"{text!r} must be a positive quantity such as 5B, 80GB or 80GiB")
+    return quantity(text)
 
 
 def pin(text: str) -> tuple[str, float]:
@@ -1063,52 +1048,48 @@ def pin(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     require(name in NAMES, f"{text!r} is not NAME=VALUE with one of {', '.join(NAMES)}")
     number = float(value) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value) else math.nan
-    least = 0 if name in ("a", "b", "c", "e_start", "e_max") else -math.inf
-    require(least <= number < math.inf, f"{text!r} is no value of {name}")
+    low, high = (0, 1e99) if name in ("a", "b", "c", "e_start", "e_max") else (-9, 9)
+    require(low <= number <= high, f"{text!r} is no value of {name}: {low} to {high}")
     return name, number
 
 
-def whole(text: str) -> int:
-    require(plain(text) % 1 == 0, f"{text!r} is not a whole number from 1")
-    return int(plain(text))
-
-
-def share(text: str) -> float:
-    require(plain(text) <= 1, f"{text!r} is not a share from 0 to 1")
-    return plain(text)
+def holdout(text: str) -> str:
+    form = r"(loss|compute):\d{1,9}|kfold:([2-9]|[1-9]\d{1,8})|column:.+|rolling"
+    require(re.fullmatch(form, text, re.ASCII), f"{text!r} must be loss:30, compute:30, column:NAME, kfold:10, rolling")
+    return text
 
 
 VERBS = {"tables": run_tables, "optimum": run_optimum, "fit": run_fit, "simulate": run_simulate, "plan": run_plan}
 BUDGETS = "optimum plan"
-FLAGS = {                            # flag: the verbs that take it, how it is read, its help
-    "sources": ("fit", {"nargs": "+"}, "CSVs of n_active, tokens, n_expert, loss; result.json files; folders of them"),
-    "--form": ("fit", {"choices": FORMS, "default": "joint"}, "expert_count is E itself for Ê (default %(default)s)"),
-    "--e_start": ("fit tables", {"type": plain}, "hold E_start here (default: free; in tables 2.0732, as printed)"),
-    "--e_max": ("fit", {"type": plain}, "hold E_max here (default: free)"),
-    "--weights": ("fit", {"metavar": "COLUMN"}, "column of weights (default: equal)"),
-    "--pin": ("fit", {"type": pin, "action": "append", "default": [], "metavar": "NAME=VALUE"}, "hold it there: c=1.6"),
-    "--near": ("fit", {"type": plain}, "only runs within so many nats of the best of their compute budget and E"),
-    "--noise": ("fit", {"type": plain}, "spread of repeated runs in nats (default: of those that repeat a point)"),
-    "--holdout": ("fit", {"default": "kfold:10"}, "loss:30 (lowest), compute:30, column:NAME, kfold:10 or rolling"),
-    "--huber": ("fit", {"type": plain}, "Huber width on ln L (default 1.345 robust deviations; the paper's is 0.01)"),
-    "--bootstrap": ("fit", {"type": whole, "default": 1000}, "refits behind the intervals (default %(default)s)"),
-    "--draws": ("simulate", {"type": whole, "default": 20}, "noise draws (default %(default)s)"),
-    "--outliers": ("simulate", {"type": share, "default": 0.0}, "share of runs made 0.05 nats worse (default 0)"),
-    "--curve": ("simulate", {"type": plain, "default": 0.0}, "bend the law by as much (ln D/N - mean)^2 (default 0)"),
-    "--flops": (BUDGETS, {"type": plain, "required": True}, "compute budget: training, and inference if any"),
-    "--memory": (BUDGETS, {"type": quantity}, "80GB; for optimum also parameters, 5B; for plan that of one GPU"),
-    "--inference_tokens": (BUDGETS, {"type": plain, "default": 0.0}, "tokens to infer within --flops (default 0)"),
-    "--dtype": (BUDGETS, {"choices": BYTES, "default": "bf16"}, "of weights and cache (default %(default)s)"),
-    "--kv_tokens": ("optimum", {"type": plain, "default": 0.0}, "cached tokens that --memory holds too (default 0)"),
-    "--switches": ("optimum", {"choices": AXES}, "where the best E changes along this budget"),
-    "--rule_of_thumb": ("optimum", {"action": "store_true"}, "check E times the tokens at equal memory against dense"),
-    "--gpu": ("plan", {"required": True}, "the GPU to train on: H100, A100-80, ... (model.CARDS)"),
-    "--gpus": ("plan", {"type": whole, "default": 1}, "how many (default %(default)s)"),
-    "--context": ("plan", {"type": plain, "default": 32768.0}, "cached tokens when deployed (default 32768)"),
-    "--mfu": ("plan", {"type": share, "default": 0.35}, "assumed model FLOPs utilisation (default %(default)s)"),
-    "--write": ("plan", {"metavar": "CONFIG.py"}, "write a config for train.py"),
-    "--law": (BUDGETS, {"metavar": "FILE"}, "a law that fit --json wrote (default: the paper's)"),
-    "--json": ("tables optimum fit simulate plan", {"metavar": "FILE"}, "write the result there as JSON too")}
+FLAGS = {     # flag: the verbs that take it, how it is read or what there is to choose, its default (...: none), help
+    "--form": ("fit", [*FORMS], "joint", "expert_count is E itself for Ê"),
+    "--e_start": ("tables", plain, Law().e_start, "E_start of the law, as printed"),
+    "--weights": ("fit", str, None, "column of weights, without it all are equal"),
+    "--pin": ("fit", pin, [], "NAME=VALUE: hold a coefficient there, c=1.6; may be given again"),
+    "--near": ("fit", plain, None, "only runs within so many nats of the best of their compute budget and E"),
+    "--noise": ("fit", plain, None, "spread of repeated runs in nats, without it that of the runs that repeat a point"),
+    "--holdout": ("fit", holdout, "kfold:10", "loss:30 (lowest), compute:30, column:NAME, kfold:10 or rolling"),
+    "--huber": ("fit", plain, None, "Huber width on ln L, without it 1.345 robust deviations; the paper's is 0.01"),
+    "--bootstrap": ("fit", whole, 1000, "refits behind the intervals"),
+    "--draws": ("simulate", whole, 20, "noise draws"),
+    "--outliers": ("simulate", share, 0.0, "share of runs made 0.05 nats worse"),
+    "--curve": ("simulate", share, 0.0, "bend the law by as much (ln D/N - mean)^2"),
+    "--flops": (BUDGETS, plain, ..., "compute budget: training, and inference if any"),
+    "--memory": (BUDGETS, memory_size, None, "80GB; for optimum also parameters, 5B; for plan that of one GPU"),
+    "--inference_tokens": (BUDGETS, plain, 0.0, "tokens to infer within --flops"),
+    "--dtype": (BUDGETS, [*BYTES], "bf16", "of weights and cache"),
+    "--vocab": (BUDGETS, whole, VOCABULARY, "tokens in the vocabulary: sizes are counted with it"),
+    "--kv_tokens": ("optimum", plain, 0.0, "cached tokens that --memory holds too"),
+    "--gpu": ("plan", str, ..., "the GPU to train on: H100, A100-80, ... (model.CARDS)"),
+    "--gpus": ("plan", whole, 1, "how many"),
+    "--context": ("plan", plain, 32768.0, "cached tokens when deployed"),
+    "--mfu": ("plan", share, 0.35, "assumed model FLOPs utilisation"),
+    "--d_head": ("plan", whole, 64, "width of a head; there are d_model / d_head heads and blocks"),
+    "--batch": ("plan", whole, None, "tokens a step, without it the paper's ramp from 65,536 to 262,144"),
+    "--learning_rate": ("plan", plain, None, "peak, without it by eq. 7 of the paper"),
+    "--write": ("plan", str, None, "write a config for train.py: CONFIG.py"),
+    "--law": (BUDGETS, str, None, "a law that fit --json wrote, without it the paper's"),
+    "--json": (" ".join(VERBS), str, None, "write the result there as JSON too")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1116,45 +1097,45 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; python {self.prog} --help lists what there is")
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="scaling.py", description="The joint scaling law of dense and mixture-of-experts models.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name, run in VERBS.items():
-        verb = verbs.add_parser(name, help=run.__doc__.split("\n")[0], description=run.__doc__)
-        for flag, (users, how, text) in FLAGS.items():
+        verb = verbs.add_parser(name, help=run.__doc__.split("\n")[0], description=run.__doc__, allow_abbrev=False)
+        if run is run_fit:
+            verb.add_argument("sources", nargs="+", help="CSVs of n_active, tokens, n_expert, loss; result.json files; "
+                                                         "folders of them")
+        for flag, (users, kind, default, text) in FLAGS.items():
             if name in users.split():
-                verb.add_argument(flag, **how, help=text)
+                verb.add_argument(flag, **{"type" if callable(kind) else "choices": kind}, default=default,
+                                  required=default is ..., action="append" if kind is pin else "store",
+                                  help=text + (f" (default {default})" if default not in (None, ..., []) else ""))
+    return parser.parse_args(argv or ["tables"])
+
+
+def main(argv: list[str]) -> int:
+    """The exit code of `python scaling.py *argv`."""
+    global VOCABULARY
     try:
-        args = parser.parse_args(argv or ["tables"])
+        args = parse(argv)
         require([] not in [value for name, value in vars(args).items() if name != "pin"], "a value is missing: --x=--")
         args.command = shlex.join(["python", "scaling.py", *argv])
+        VOCABULARY = getattr(args, "vocab", VOCABULARY)            # law_size counts with it
         result = VERBS[args.verb](args)
         if args.json:
             write(args.json, json.dumps(clean(result)) + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except (BadInput, OSError, ArithmeticError, MemoryError) as error:
+        if not argv:
+            print("python scaling.py --help lists the other commands: optimum, fit, simulate, plan")
+        print(end="", flush=True)                      # a full disk speaks up here
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 130
+    except (BadInput, OSError, ArithmeticError, MemoryError) as error:        # an OSError says which file, and why
         print("error: " + " ".join(f"{error or 'out of memory'}".splitlines()), file=sys.stderr)
         return 2
-    if not argv:
-        print()
-        parser.print_help()
     return 0
 
 
-def run_script() -> None:
-    """main; a pipe that nobody reads and Ctrl-C are quiet."""
+if __name__ == "__main__":
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None: the shell has closed it)
     sys.stdout.reconfigure(errors="replace")
-    code = 130
-    try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-    except (KeyboardInterrupt, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or the exit would meet it again
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    run_script()
+    os._exit(main(sys.argv[1:]))     # what a closed pipe or a full disk did not take would make Python's own exit fail
