@@ -449,6 +449,7 @@ def test_a_branch_waits_for_the_shorter_one_and_takes_no_trunk_of_another_config
 def test_the_papers_own_runs_are_listed_with_its_sizes_tokens_and_rates(command, monkeypatch):
     """Sizes as the paper counts them: without norms and routers. Tokens: to the end of a step."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("LADDER", "all")
     with open("results/law/runs.csv") as file:
         wanted = sorted(tuple(int(row[key]) for key in ("n_expert", "n_active", "n_total", "tokens"))
                         for row in csv.DictReader(file))

@@ -3,17 +3,18 @@
 # Source    "Joint MoE Scaling Laws" (Ludziejewski 2025); see paper.py, whose recipe this is, shortened a thousandfold.
 # Here      1, 4 and 16 experts at four sizes, 2 and 8 at two; five token counts each as branches of one trunk. Blocks =
 #           heads = d / 32. The rate is extrapolated from results/joint_law/rates.json.
-# Run       python train.py configs/joint_law/gpu.py, then results/joint_law/collect.py out/gpu --table gpu_runs.csv.
-#           Never run. The hour is a guess: 6.2e16 FLOPs, with each trunk paid once, at 2% of an H100's bfloat16 peak.
-# Data      GPT-2 tokens of a large text: give it --dataset='corpus/*.parquet'; "stdlib" has 3M of them.
+# Run       python train.py configs/joint_law/gpu.py --tokenizer=gpt2 --dataset='corpus/*.parquet', then
+#           python results/joint_law/collect.py out/gpu --table results/joint_law/gpu_runs.csv
+#           Never run. The hour is a guess: 1.9e17 FLOPs with each trunk paid once, at 5% of an H100's bfloat16 peak.
+# Data      as it stands it runs with no download, on bytes: to see it run. GPT-2 tokens of a large text need the flags.
 
 import json
 import math
 from pathlib import Path
 
-_a, _b, _c = json.loads(Path("results/joint_law/rates.json").read_text())["with_experts"]["coefficients"]
+_rates = Path(__file__).parents[2] / "results" / "joint_law" / "rates.json"
+_a, _b, _c = json.loads(_rates.read_text())["with_experts"]["coefficients"]
 
-tokenizer = "gpt2"
 vocab_size = 50_304       # GPT-2's 50,257, padded to a multiple of 64
 seq_len = 512
 d_head = 32

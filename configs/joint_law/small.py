@@ -14,7 +14,7 @@ import math
 import os
 from pathlib import Path
 
-_results = Path("results/joint_law")
+_results = Path(__file__).parents[2] / "results" / "joint_law"
 _a, _b, _c = json.loads((_results / "rates.json").read_text())["with_experts"]["coefficients"]
 _kept = set()
 if (_results / "runs.csv").is_file() and os.environ.get("LADDER") != "all":
