@@ -952,14 +952,15 @@ OPS = FAST
 import base64
 import codecs
 import json
+import typing
 import zipfile
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from router import POLICIES, BadInput, Parser, closest, require, require_each, require_one_of, run_script
 
 
-def is_file(name: str) -> bool:
+def is_file(name: str | Path) -> bool:
     """Whether this is a file; a text too long for a name is none."""
     try:
         return Path(name).is_file()
@@ -977,6 +978,19 @@ def whole_groups(pairs) -> list[tuple[int, int]]:
     require(fits and all(0 < n < 2**31 for group in groups for n in group),
             f"expert_groups = {pairs} must be a list of (experts, width) pairs, such as [(16, 256), (32, 128)]")
     return groups
+
+
+def convert(name: str, value, kind: type):
+    """value as the type a field has (1e9 is a whole number, 1 a fraction), or BadInput."""
+    allowed = typing.get_args(kind) or (kind,)
+    if isinstance(value, float) and float not in allowed and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and int not in allowed and float in allowed:
+        value = float(value) if abs(value) < 1e300 else math.inf
+    fits = type(value) in allowed and not (isinstance(value, float) and not math.isfinite(value))
+    wanted = " or ".join(t.__name__ for t in allowed)
+    require(fits, f"{name} = {value!r} must be {wanted.replace('NoneType', 'None')}")
+    return whole_groups(value) if list in allowed and name == "expert_groups" and value is not None else value
 
 
 def validate(config: ModelConfig) -> None:
@@ -1078,6 +1092,7 @@ CARDS = {  # the vendors' data sheets. The bfloat16 rate of the 4060 and 4070 is
 # --- Hugging Face checkpoints ---
 
 
+MODEL_TYPES = typing.get_type_hints(ModelConfig)
 HF_FIELDS = {  # ours: theirs (Qwen3MoeConfig)
     "n_layer": "num_hidden_layers", "d_model": "hidden_size", "n_head": "num_attention_heads",
     "n_kv_head": "num_key_value_heads", "d_head": "head_dim", "n_expert": "num_experts", "top_k": "num_experts_per_tok",
@@ -1158,9 +1173,19 @@ def to_hf(model: Model, folder: str | Path) -> None:
 def from_hf(folder: str | Path) -> Model:
     """Read a Qwen3-MoE (or dense Qwen3) folder: one safetensors file or a sharded index, experts singly or fused."""
     folder = Path(folder)
-    config = hf_config(folder)
+    config, files = hf_config(folder), hf_files(folder)
+    header = hf_header(files, config)
+    with torch.device("meta"):                                  # what does not fit is refused before memory is taken
+        fill(Model(config), header, folder)
     model = Model(config)
-    found = split_fused(hf_tensors(folder))
+    load_file = optional("safetensors.torch").load_file         # (memory-mapped)
+    fill(model, {name: tensor for file in files for name, tensor in load_file(file).items()}, folder)
+    return model
+
+
+def fill(model: Model, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Copy their tensors into the model, each of which must have a place and the right shape there."""
+    config, found = model.config, split_fused(tensors, model.config)
     if config.tie_embeddings:
         found.pop("lm_head.weight", None)                                        # some files store the table twice
     for name, ours in to_hf_tensors(config, model.state_dict()).items():         # views: to fill one fills the model
@@ -1170,16 +1195,21 @@ def from_hf(folder: str | Path) -> Model:
                                             f"makes it {tuple(ours.shape)}")
         ours.copy_(theirs)
     require(not found, f"{folder} holds {len(found)} tensors without a place here, one is {min(found, default='')}")
-    return model
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file, or BadInput."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    require(isinstance(found, dict), f"{path} is no JSON object")
+    return found
 
 
 def read_config_json(folder: Path) -> dict:
-    path = folder / "config.json"
-    require(path.is_file(), f"{folder} has no config.json: train it first, or check the path")
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise BadInput(f"{path} is no JSON") from None
+    require(is_file(folder / "config.json"), f"{folder} has no config.json: train it first, or check the path")
+    return read_object(folder / "config.json")
 
 
 def hf_config(folder: Path) -> ModelConfig:
@@ -1189,19 +1219,22 @@ def hf_config(folder: Path) -> ModelConfig:
     require(kind in ("qwen3_moe", "qwen3"), f"model_type {kind!r} {where}; qwen3_moe and qwen3 are read here")
     if kind == "qwen3":
         hf |= {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": hf.get("intermediate_size")}
-    hf |= (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})     # older transformers, and newer
+    for name in ("rope_scaling", "rope_parameters"):                             # older transformers, and newer
+        part = hf.get(name) or {}
+        require(isinstance(part, dict), f"{name} = {part!r} {where} is no object")
+        hf |= part
     hf.setdefault("rope_type", hf.get("type"))
     hf.setdefault("num_experts", hf.get("num_local_experts"))
     for name, only in (HF_UNSUPPORTED | {"rope_type": "default", "partial_rotary_factor": 1}).items():
         value = hf.get(name)
         require(value in (None, only), f"{name} = {value!r} {where}; only {only!r} is read here")
     known = {"renormalize": False, "tie_embeddings": False}
-    known |= {ours: hf[theirs] for ours, theirs in HF_FIELDS.items() if hf.get(theirs) is not None}
+    known |= {ours: convert(f"{theirs} {where}", hf[theirs], MODEL_TYPES[ours]) for ours, theirs in HF_FIELDS.items()
+              if hf.get(theirs) is not None}
     missing = [theirs for ours, theirs in HF_FIELDS.items() if ours not in (*known, *HF_OPTIONAL)]
     require(not missing, f"{', '.join(missing)} missing {where}")
     if "aux_coef" in known:
         known["aux_coef"] *= known["top_k"]                                      # see to_hf
-    known["rope_base"] = float(known["rope_base"])
     known.setdefault("d_head", known["d_model"] // (known["n_head"] or 1))
     config = ModelConfig(**known)
     config.seq_len = min(config.seq_len, config.max_seq_len)
@@ -1209,22 +1242,43 @@ def hf_config(folder: Path) -> ModelConfig:
     return config
 
 
-def hf_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the folder, memory-mapped, from model.safetensors or from the shards its index names."""
-    load_file = optional("safetensors.torch").load_file
+def hf_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that its index names: files of this folder alone."""
     index = folder / "model.safetensors.index.json"
-    files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else ["model.safetensors"]
-    tensors = {}
-    for path in sorted(folder / file for file in files):
-        require(path.is_file(), f"{folder} lacks {path.name}")
+    shards = read_object(index).get("weight_map") if is_file(index) else {"": "model.safetensors"}
+    require(isinstance(shards, dict) and len(shards) > 0 and all(isinstance(file, str) for file in shards.values()),
+            f"{index} has no weight_map of tensors to files")
+    files = sorted(set(shards.values()))
+    for file in files:
+        require(Path(file).name == file and is_file(folder / file), f"{folder} lacks {file[:99]!r}")
+    return [folder / file for file in files]
+
+
+def hf_header(files: list[Path], config: ModelConfig) -> dict[str, Tensor]:
+    """Every tensor of the files without its numbers, on the meta device; BadInput where a header cannot be this
+    model's, which is read off its size before it is parsed, and off the number of tensors before one is named."""
+    package, tensors = optional("safetensors"), {}
+    for path in files:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        require(size < 2**20 + 512 * config.n_layer * (9 + 3 * config.n_expert), f"{path}: a header of {size} bytes is "
+                f"too long for {config.n_layer} layers of {config.n_expert} experts")
         try:
-            tensors |= load_file(path)
-        except optional("safetensors").SafetensorError as error:
+            with package.safe_open(path, "pt") as file:
+                pieces = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+                kinds = {piece.get_dtype() for piece in pieces.values()} - {"F64", "F32", "F16", "BF16"}
+                tensors |= {name: torch.empty(piece.get_shape(), device="meta") for name, piece in pieces.items()}
+        except package.SafetensorError as error:
             raise BadInput(f"{path} cannot be read: {error}") from None
+        require(not kinds, f"{path} holds numbers of type {min(kinds, default='')}; weights are F32, BF16, F16 or F64")
+    singly = config.n_expert if not any(name.endswith(".experts.gate_up_proj") for name in tensors) else 1
+    require(config.n_layer * singly <= len(tensors),
+            f"{len(tensors)} tensors are too few for {config.n_layer} layers of {config.n_expert} experts, as "
+            f"{files[0].parent}/config.json says")
     return tensors
 
 
-def split_fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def split_fused(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Name the experts one by one where a layer's are fused: gate_up_proj (E, 2F, D) and down_proj (E, D, F)."""
     out = {}
     for name, tensor in tensors.items():
@@ -1233,6 +1287,8 @@ def split_fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if parts is None:
             out[name] = tensor
             continue
+        require(tensor.dim() == 3 and len(tensor) == config.n_expert,
+                f"{name} has shape {tuple(tensor.shape)}; config.json says {config.n_expert} experts")
         for e, expert in enumerate(tensor):
             out |= {f"{layer}.experts.{e}.{p}.weight": t for p, t in zip(parts, expert.chunk(len(parts)))}
     return out
@@ -1344,7 +1400,14 @@ def ids_of(text: str, tokenizer, model: Model) -> list[int]:
     return ids
 
 
-def write_text(model: Model, tokenizer, prompt: str, n_token: int, **sampling) -> Iterator[str]:
+def finite_logits(step: Callable[..., Tensor], *arguments) -> Tensor:
+    """What the step gives, or BadInput: of logits that are not finite no token can be drawn."""
+    logits = step(*arguments)
+    require(bool(logits.isfinite().all()), "this model's logits are not finite: its training has diverged")
+    return logits
+
+
+def write_text(model: Model, tokenizer, prompt: str, n_token: int, step=next_logits, **sampling) -> Iterator[str]:
     """The prompt and what follows, piece by piece."""
     ids = ids_of(prompt, tokenizer, model)
     read = reader(tokenizer)
@@ -1352,7 +1415,8 @@ def write_text(model: Model, tokenizer, prompt: str, n_token: int, **sampling) -
     require(len(ids) + n_token <= limit,
             f"prompt and new tokens take {len(ids) + n_token} positions; the limit is {limit}")
     yield prompt
-    for token in generate(model, torch.tensor([ids]), n_token, n_vocab=tokenizer.n_vocab, **sampling):
+    for token in generate(model, torch.tensor([ids]), n_token, n_vocab=tokenizer.n_vocab,
+                          step=partial(finite_logits, step), **sampling):
         if token == tokenizer.eot_token:
             break
         yield read(int(token))
@@ -1362,30 +1426,53 @@ def load_run(folder: str | Path, device: str = "cpu", tokenizer: str | None = No
     """Model and tokenizer of a run that train.py left in out/NAME, or of a folder in Hugging Face's format."""
     model, config = load_model(folder)
     name = tokenizer or config.get("tokenizer")
+    require(isinstance(name, str | None), f"tokenizer = {name!r} in {folder}/config.json is no name")
     model.to(device, torch.bfloat16 if device.startswith("cuda") else None)      # (a GPU multiplies float32 slowly)
     return model.eval(), load_tokenizer(name) if name else FolderTokenizer(Path(folder))
 
 
-def load_checkpoint(path: Path, **options) -> dict:
-    """What torch.save wrote, on the CPU. The file's checksums are compared, which torch.load does not do."""
-    with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
-    require(damaged is None, f"the checksum of {damaged} in {path} is wrong: a part of the file was changed")
-    return torch.load(path, "cpu", weights_only=True, **options)
+def load_checkpoint(path: Path, config: ModelConfig, **options) -> dict:
+    """What torch.save wrote, on the CPU, or BadInput: the file's checksums are compared, which torch.load does not do,
+    and the names and shapes of its weights with those of such a model, for which no memory is taken."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            wrong = file.testzip()
+        require(wrong is None, f"the checksum of {wrong} is not that of its bytes")
+        state = torch.load(path, "cpu", weights_only=True, **options)
+        weights = {name: x.shape for name, x in state["model"].items()}
+        require(config.n_layer < len(weights), f"it holds {len(weights)} tensors for {config.n_layer} layers")
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:                                        # whatever a damaged file makes torch.load raise
+        why = f"{error}" if isinstance(error, BadInput) else type(error).__name__
+        raise BadInput(f"{path} is damaged ({why}){spare(path)}") from None
+    with torch.device("meta"):
+        fits = weights == {name: x.shape for name, x in Model(config).state_dict().items()}
+    require(fits, f"{path} does not fit the config.json beside it: its weights have other names or shapes{spare(path)}")
+    return state
+
+
+def spare(path: Path) -> str:
+    """What to do about a checkpoint that is of no use."""
+    there = is_file(path.with_suffix(".prev.pt"))
+    return ": train.py " + ("--previous goes back to the checkpoint before it" if there else "--overwrite starts anew")
 
 
 def load_model(folder: str | Path) -> tuple[Model, dict]:
     """The model and what its config.json says: of a run (it then names its tokenizer), or a Hugging Face checkpoint."""
-    folder = Path(folder)
-    config = read_config_json(folder)
+    folder, config = Path(folder), read_config_json(Path(folder))
     if "model_type" in config:
-        return from_hf(folder), {}
-    require((folder / "ckpt.pt").is_file(), f"{folder} has no ckpt.pt: train it first, or check the path")
-    try:
-        model = Model(ModelConfig(**{f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}))
-        model.load_state_dict(load_checkpoint(folder / "ckpt.pt", mmap=True)["model"])
-    except Exception as error:                                        # whatever a damaged file makes torch.load raise
-        raise BadInput(f"{folder}: ckpt.pt is damaged, or does not fit its config.json ({error})") from None
+        model, config = from_hf(folder), {}
+    else:
+        require(is_file(folder / "ckpt.pt"), f"{folder} has no ckpt.pt: train it first, or check the path")
+        shape = ModelConfig(**{name: convert(f"{name} in {folder}/config.json", config[name], kind)
+                               for name, kind in MODEL_TYPES.items() if name in config})
+        validate(shape)
+        state = load_checkpoint(folder / "ckpt.pt", shape, mmap=True)
+        model = Model(shape)
+        model.load_state_dict(state["model"])
+    require(all(bool(x.isfinite().all()) for x in model.state_dict().values()),
+            f"{folder} holds weights that are not finite: its training has diverged")
     return model, config
 
 
@@ -1407,6 +1494,7 @@ def main(argv: list[str]) -> None:
                                              f"train.py {args.folder} first")
     require_each(args, "tokens top_k", lambda n: 0 < n < 2**63, "be positive, below 2**63")
     require_each(args, "temperature seed", lambda n: 0 <= n < 2**63, "not be negative, and below 2**63")
+    require(args.temperature == 0 or args.temperature > 1e-6, "a temperature so low is greedy: --temperature=0")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_run(args.folder, device, args.tokenizer)
     step = Decoder() if args.compile else next_logits

@@ -796,7 +796,10 @@ combine = Combine.apply
 # === Part 3: tools ================================================================================================
 
 import argparse
+import contextlib
 import difflib
+import os
+import re
 import sys
 
 
@@ -832,15 +835,38 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main; what the user can mend is one line on stderr and exit code 2."""
+    """Run a script's main. What the user can mend, and what the machine refuses (a file and the reason, or memory), is
+    one line on stderr and exit code 2; a pipe that nobody reads and Ctrl-C are quiet."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None: the shell has closed it)
     sys.stdout.reconfigure(errors="replace")             # a text may hold what the terminal cannot show
     try:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
     except (KeyboardInterrupt, BrokenPipeError):
+        drop_output(sys.stdout)
         sys.exit(130)
-    except (BadInput, OSError) as error:                 # an OSError says which file, and why: no space, no permission
-        print(f"error: {error}".replace("\n", " "), file=sys.stderr)
+    except (BadInput, OSError, MemoryError, RuntimeError) as error:
+        lacking = out_of_memory(error)
+        if isinstance(error, RuntimeError) and not lacking:
+            raise
+        text = f"out of memory: {error}" if lacking else str(error)
+        print("error: " + " ".join(text.splitlines()), file=sys.stderr)
+        drop_output(sys.stdout)
         sys.exit(2)
+
+
+def drop_output(stream) -> None:
+    """Send what is still to come nowhere: a closed pipe or a full disk would be met again at the exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, here or on the GPU: some of torch's ways to say so have no class of their own."""
+    words = "DefaultCPUAllocator|CUDA error: out of memory|ALLOC_FAILED"
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(re.search(words, str(error)))
 
 
 def check(routing: Routing, n_token: int, n_expert: int) -> None:

@@ -1111,6 +1111,7 @@ def main(argv: list[str]) -> int:
     global VOCABULARY
     try:
         args = parse(argv)
+        require([] not in [value for name, value in vars(args).items() if name != "pin"], "a value is missing: --x=--")
         args.command = shlex.join(["python", "scaling.py", *argv])
         VOCABULARY = getattr(args, "vocab", VOCABULARY)            # law_size counts with it
         result = VERBS[args.verb](args)
@@ -1121,11 +1122,13 @@ def main(argv: list[str]) -> int:
         print(end="", flush=True)                      # a full disk speaks up here
     except (KeyboardInterrupt, BrokenPipeError):
         return 130
-    except (BadInput, OSError) as error:               # an OSError says which file, and why: no space, no permission
-        print(f"error: {error}", file=sys.stderr)
+    except (BadInput, OSError, ArithmeticError, MemoryError) as error:        # an OSError says which file, and why
+        print("error: " + " ".join(f"{error or 'out of memory'}".splitlines()), file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None: the shell has closed it)
+    sys.stdout.reconfigure(errors="replace")
     os._exit(main(sys.argv[1:]))     # what a closed pipe or a full disk did not take would make Python's own exit fail

@@ -65,6 +65,8 @@ class Config(ModelConfig):
     plain: bool = False                  # train by the lessons' plain operators, not by their faster versions (Part 2)
     init_from: str = ""                  # start from these weights: Hugging Face folder, or a run's out_dir (Part 2)
     overwrite: bool = False              # throw an earlier run in out_dir away (Part 2)
+    data_parallel: str = "ddp"           # under torchrun: a rank holds the whole model, or "fsdp": a shard (Part 2)
+    expert_parallel: int = 1             # under torchrun: groups of so many ranks share the experts out (Part 2)
 
     def resolve(self) -> "Config":
         """Put the device and precision of this machine in the place of "auto"."""
@@ -73,7 +75,7 @@ class Config(ModelConfig):
         return self
 
 
-PART_2 = ("tokenizer", "compile", "plain", "init_from", "overwrite", "recompute")   # here at their defaults
+PART_2 = ("tokenizer", "compile", "plain", "init_from", "overwrite", "recompute", "data_parallel", "expert_parallel")
 
 
 def load_config(path: str, words: list[str] = ()) -> Config:
@@ -145,6 +147,8 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
 class Data:
     """What the steps are made of: text as bytes. Part 2's Corpus knows other tokenizers and files, and ramps."""
 
+    rank, world = 0, 1          # this process, and of how many that share a step out: see Part 2
+
     def __init__(self, config: Config):
         unit, sides = config.micro_batch * config.seq_len, ([], [])              # sides: for training, for validation
         if (config.batch_tokens or unit) % unit:
@@ -172,7 +176,8 @@ class Data:
         """Inputs and targets (micro_batch, T), as many as make up the step; micro_batch does not change the windows."""
         c, n = self.config, len(self.train)
         tokens, batch = self.position(step)
-        for start in range(tokens // c.seq_len, (tokens + batch) // c.seq_len, c.micro_batch):
+        first, last = tokens // c.seq_len, (tokens + batch) // c.seq_len
+        for start in range(first + self.rank * c.micro_batch, last, self.world * c.micro_batch):
             which = range(start, start + c.micro_batch)
             yield self.train.batch([epoch_order(c.seed, i // n, n)[i % n] for i in which])
 
@@ -257,6 +262,10 @@ class Keeper:
     def micro_batch(self, output: Output, targets: Tensor) -> None:
         self.losses.append(output.ce.detach())
 
+    def clip(self) -> Tensor:
+        """The norm of the whole gradient, which is scaled down to grad_clip where it is longer."""
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+
     def step(self, step: int, norm: Tensor, rate: float) -> None:
         ce, self.losses = torch.stack(self.losses).mean(), []
         if (step + 1) % self.config.log_interval == 0:
@@ -295,8 +304,7 @@ def train(config: Config, keeper: type[Keeper] = Keeper, data: type[Data] = Data
             part.backward()
             loss += part.detach()
             keep.micro_batch(o, y)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        norm = norm + 0 * loss                                 # not finite if the loss is not
+        norm = keep.clip() + 0 * loss                          # not finite if the loss is not
         # A fused step reads found_inf (as from a GradScaler): at 1 it leaves weights and state alone, without a wait.
         optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
@@ -322,7 +330,6 @@ import linecache
 import os
 import platform
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -334,6 +341,14 @@ from bisect import bisect_left
 from dataclasses import asdict, replace
 from functools import partial
 
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
 from model import (
     CARDS,
     COMPILED,
@@ -343,6 +358,8 @@ from model import (
     Block,
     MoE,
     attend,
+    compute_dtype,
+    convert,
     count,
     experts,
     ids_of,
@@ -354,10 +371,11 @@ from model import (
     loss,
     memory,
     optional,
+    peak_rates,
     reader,
+    spare,
     using,
     validate,
-    whole_groups,
     write_text,
 )
 from router import (
@@ -367,11 +385,16 @@ from router import (
     RouterConfig,
     Routing,
     closest,
+    combine,
+    drop_output,
+    gather,
+    out_of_memory,
     place,
     require,
     require_each,
     route,
     run_script,
+    sum_over_ranks,
 )
 
 # --- the configuration, checked ---
@@ -381,22 +404,22 @@ def validate_run(config: Config) -> None:
     """Raise BadInput at the first value that cannot be trained with."""
     validate(config)
     require_each(config, "max_steps max_tokens micro_batch learning_rate eval_interval eval_tokens log_interval "
-                 "checkpoint_interval", lambda n: n > 0, "be positive")
+                 "checkpoint_interval expert_parallel", lambda n: n > 0, "be positive")
     require_each(config, "min_learning_rate warmup decay weight_decay grad_clip seed", lambda n: n >= 0,
                  "not be negative")
     require_each(config, "seed", lambda n: n < 2**32, "be less than 2**32")
     require_each(config, "max_steps max_tokens", lambda n: n < 2**62, "be less than 2**62")
     require_each(config, "dataset tokenizer", lambda text: 0 < len(text) < 1000, "be a name of 1 to 1000 characters")
     require_each(config, "beta1 beta2", lambda x: 0 <= x < 1, "be in [0, 1)")
-    for name, allowed in (("schedule", ("cosine", "constant")), ("dtype", ("float32", "bfloat16"))):
+    for name, allowed in (("schedule", ("cosine", "constant")), ("dtype", ("float32", "bfloat16")),
+                          ("data_parallel", ("ddp", "fsdp"))):
         require_each(config, name, allowed.__contains__, f"be one of {', '.join(allowed)}")
     require(config.min_learning_rate <= config.learning_rate,
             f"min_learning_rate = {config.min_learning_rate} must not exceed learning_rate = {config.learning_rate}")
-    unit, starts = config.micro_batch * config.seq_len, [start for start, _ in ramp(config)]
+    unit, starts = WORLD * config.micro_batch * config.seq_len, [start for start, _ in ramp(config)]
     for _, batch in ramp(config):
-        near = max(1, round(batch / unit)) * unit
-        require(batch > 0 and batch % unit == 0,
-                f"batch_tokens = {batch} must be a multiple of micro_batch * seq_len = {unit}, say {near}")
+        require(batch > 0 and batch % unit == 0, f"batch_tokens = {batch} must be a multiple of micro_batch * seq_len"
+                f"{f' * {WORLD} ranks' * (WORLD > 1)} = {unit}, say {max(1, -(-batch // unit)) * unit}")
     require(starts[0] == 0 and starts == sorted(set(starts)),
             f"batch_tokens = {config.batch_tokens}: a ramp starts at token 0 and goes up")
 
@@ -409,7 +432,7 @@ def ramp(config: Config) -> list[tuple[int, int]]:
         require(len(numbers) == 2 * len(config.batch_tokens) > 0,
                 f"batch_tokens = {config.batch_tokens}: a ramp is a list of (from token, tokens a step) pairs")
         return [(int(start), int(batch)) for start, batch in pairs]
-    return [(0, config.micro_batch * config.seq_len if config.batch_tokens is None else config.batch_tokens)]
+    return [(0, config.batch_tokens or config.micro_batch * config.seq_len * WORLD)]
 
 
 TYPES = typing.get_type_hints(Config)
@@ -424,10 +447,11 @@ def read_config(path: str, overrides: dict | None = None) -> Config:
 
 def read_file(path: str, scale: float = 1) -> dict:
     """The names a config file sets. It may use one it does not set: `scale`, the number behind --scale."""
-    require(Path(path).is_file() and path.endswith(".py"), f"{path} is no config file; configs/tiny.py is one")
+    found = next((p for p in (Path(path), Path(__file__).parent / path) if is_file(p)), None)      # from anywhere
+    require(found is not None and path.endswith(".py"), f"{path} is no config file; configs/tiny.py is one")
     require(type(scale) in (int, float) and 0 < scale < math.inf, f"--scale={scale} must be a positive number")
     try:
-        names = runpy.run_path(path, {"scale": scale})
+        names = runpy.run_path(str(found), {"scale": scale})
     except (Exception, SystemExit) as error:
         raise BadInput(f"{path} does not run: {type(error).__name__}: {error}") from None
     require(names.pop("scale", None) is scale, f"{path} sets scale, which is the command line's: --scale=N")
@@ -444,9 +468,12 @@ def make_config(values: dict, out_dir: str, chosen: dict) -> Config:
         require(not values.get("expert_groups") or name not in chosen,
                 f"{name} does nothing beside expert_groups, which says how many experts of which width there are")
     for name in values:
-        known = [*TYPES, "runs", "seeds", "name", "group", "along", "baseline"]
+        known = [*TYPES, "runs", "seeds", "name", "group", "along", "baseline", "branches"]
         require(name in TYPES, f"{name} is no config field{closest(name, known)}")
-    config = Config(**{name: convert(name, value) for name, value in values.items()}).resolve()
+    if values.get("learning_rate") in PEAK_RATES:
+        values = values | {"learning_rate": peak_rate(make_config(values | {"learning_rate": 1.0}, out_dir, chosen),
+                                                      values["learning_rate"])}
+    config = Config(**{name: convert(name, value, TYPES[name]) for name, value in values.items()}).resolve()
     config.out_dir = config.out_dir or out_dir
     kind, _, number = config.device.partition(":")
     require(kind in ("cpu", "cuda", "mps") and (number.isdigit() or ":" not in config.device),
@@ -458,17 +485,15 @@ def make_config(values: dict, out_dir: str, chosen: dict) -> Config:
     return config
 
 
-def convert(name: str, value):
-    """value as the type its field has (1e9 is a whole number, 1 a fraction), or BadInput."""
-    allowed = typing.get_args(TYPES[name]) or (TYPES[name],)
-    if isinstance(value, float) and float not in allowed and value.is_integer():
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and int not in allowed and float in allowed:
-        value = float(value) if abs(value) < 1e300 else math.inf
-    fits = type(value) in allowed and not (isinstance(value, float) and not math.isfinite(value))
-    wanted = " or ".join(t.__name__ for t in allowed)
-    require(fits, f"{name} = {value!r} must be {wanted.replace('NoneType', 'None')}")
-    return whole_groups(value) if name == "expert_groups" and value is not None else value
+PEAK_RATES = ("joint_law", "joint_law_code")     # what learning_rate may say in the place of a number: see peak_rates
+
+
+def peak_rate(config: Config, reading: str) -> float:
+    """The peak learning rate of a model of this size by one of the two readings of eq. 7."""
+    sizes = count(config)
+    active = sizes["active" if config.tie_embeddings else "active_untied"]
+    rates = peak_rates(sizes["active"] - sizes["embedding"], active, config.n_expert)
+    return rates[PEAK_RATES.index(reading)]
 
 
 def field_help() -> dict[str, str]:
@@ -486,6 +511,8 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     add("--scale", type=literal, default=1, help="what the name `scale` stands for in the file")
     add("--dry_run", action="store_true", help="only the sizes of each run, FLOPs, does it fit here")
     add("--json", action="store_true", help="with --dry_run: the sizes as JSON")
+    add("--world", type=literal, help="with --dry_run: what each of so many processes holds and sends")
+    add("--previous", action="store_true", help="go on from the checkpoint before the last one, which is thrown away")
     add = parser.add_argument_group("sweeps, files with several runs").add_argument
     add("--report", action="store_true", help="only the summary of what there is so far")
     add("--only", action="append", type=lambda text: text.split(","), help="only these runs")
@@ -514,7 +541,8 @@ def literal(text: str):
 # --- text to tokens on disk ---
 
 
-TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet", ".bin")
+ROWS = (".jsonl", ".jsonl.gz", ".parquet")           # files of many documents
+TEXT_SUFFIXES = (".txt", ".md", ".py", *ROWS, ".bin")
 
 
 def source_files(dataset: str) -> list[Path]:
@@ -591,7 +619,7 @@ def prepare(config: Config, tokenizer) -> list[list[np.ndarray]]:
 def read_tokens(folder: Path, side: str, dtype: str) -> np.ndarray:
     """The tokens that tokenise wrote for a side, as many as its manifest says."""
     path = folder / f"{side}.bin"
-    n = read_json(folder / "manifest.json", "tokens").get("tokens", {}).get(side)
+    n = read_json(folder / "manifest.json", tokens=dict).get("tokens", {}).get(side)
     size = n * np.dtype(dtype).itemsize if isinstance(n, int) else -1
     require(path.is_file() and path.stat().st_size == size,
             f"{path} is not what {folder}/manifest.json says: delete {folder}, and it is made again")
@@ -610,24 +638,37 @@ def split(sides: list[np.ndarray], seq_len: int) -> list[list[np.ndarray]]:
 def tokenise(files: list[Path], tokenizer, folder: Path, manifest: dict) -> None:
     """Write train.bin, val.bin and manifest.json into a temporary folder, renamed when it is complete."""
     print(f"tokenising {len(files)} files into {folder}", flush=True)
+    for old in folder.parent.glob("*.tmp"):                     # of runs that were killed while they wrote it
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > 60 and (owner := hold(old / "lock")):
+                owner.close()
+                shutil.rmtree(old, ignore_errors=True)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)                  # of a killed run that had this process id
     partial.mkdir(parents=True)
-    counts = {"train": 0, "val": 0}
+    owner, counts, empty = hold(partial / "lock"), {"train": 0, "val": 0}, 0
     try:
         with open(partial / "train.bin", "wb") as train, open(partial / "val.bin", "wb") as val:
-            for text in itertools.chain.from_iterable(map(texts, files)):
+            for path, text in ((file, text) for file in files for text in texts(file)):
+                if not text and path.name.endswith(ROWS):       # (an empty file is a document, as in the lesson)
+                    empty += 1
+                    continue
                 ids = np.array([*tokenizer.encode_ordinary(text), tokenizer.eot_token], manifest["dtype"])
                 held_out = is_held_out(text.encode())
                 (val if held_out else train).write(ids.tobytes())
                 counts["val" if held_out else "train"] += len(ids)
-        require(sum(counts.values()) > len(files), f"dataset {manifest['dataset']} holds no text")
+        require(sum(counts.values()) > len(files) * (not empty), f"dataset {manifest['dataset']} holds no text")
+        if empty:
+            print(f"{empty:,} empty documents are left out")
+        owner.close()
+        (partial / "lock").unlink()
         (partial / "manifest.json").write_text(json.dumps(manifest | {"tokens": counts}, indent=1))
         try:
             partial.rename(folder)
         except OSError:                                                    # another run may have been faster
             require((folder / "manifest.json").is_file(), f"{folder} is in the way: delete it")
     finally:
+        owner.close()
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -705,6 +746,17 @@ def total_steps(config: Config) -> int:
     return bisect_left(range(most), config.max_tokens, key=lambda step: position(config, step)[0])
 
 
+def trunk_steps(config: Config) -> int:
+    """The step at which the decay of schedule "constant" begins: longer runs of the same rate are equal up to it.
+    0: this run has no such decay."""
+    if config.schedule != "constant" or not config.decay:
+        return 0
+    last, steady = total_steps(config), replace(config, warmup=0.0, min_learning_rate=0.0)
+    total = position(config, last)[0]
+    return bisect_left(range(last), True, key=lambda step: learning_rate(
+        steady, *position(config, step), total) < config.learning_rate)
+
+
 class Corpus(Data):
     """Text and token shards of any kind, by any tokenizer, in steps that may grow by a ramp."""
 
@@ -747,6 +799,8 @@ class Corpus(Data):
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write beside, flush to disk, rename: a crash at any moment leaves the old checkpoint or the new one, whole."""
+    if RANK:
+        return
     partial = path.with_suffix(".tmp")
     try:
         with open(partial, "wb") as file:
@@ -758,38 +812,79 @@ def save_checkpoint(path: Path, state: dict) -> None:
         room = shutil.disk_usage(path.parent).free / 2**30
         raise BadInput(f"{path} cannot be written ({str(error)[:99]}; {room:.2f} GiB are free there): the checkpoint "
                        "before it is whole; make room, and the same command continues") from None
+    previous = path.with_suffix(".prev.pt")
+    previous.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):                            # (a file system without links keeps no second one)
+        os.link(path, previous)
     partial.replace(path)
 
 
-RUN_FILES = ("config.json", "log.jsonl", "ckpt.pt", "result.json", "loss.png", "experts.png")      # and an empty lock
+def go_back(config: Config) -> None:
+    """--previous: put the checkpoint before the last in its place; the run is then no longer finished."""
+    out = Path(config.out_dir)
+    previous = out / "ckpt.prev.pt"
+    require(previous.is_file(), f"{previous} is not there: {ANEW}")
+    changed = differences(read_json(out / "config.json"), as_json(config))
+    require(not changed, f"{out} holds a run with another config ({'; '.join(changed)})")
+    lock(out)
+    (out / "result.json").unlink(missing_ok=True)
+    previous.replace(out / "ckpt.pt")
+
+
+def fits(state: dict, config: Config) -> bool:
+    """Whether a checkpoint whose weights fit is whole: its counts, and AdamW's two means of each weight with a gradient
+    (gates of routers that do not look at logits have none)."""
+    with torch.device("meta"):
+        model = Model(config)
+    groups = parameter_groups(model, config.weight_decay)
+    shapes = [p.shape for group in groups for p in group["params"]]
+    try:
+        means = state["optimizer"]["state"]
+        return (type(state["step"]) is type(state["skipped"]) is int and type(state["seconds"]) is float
+                and 0 < state["step"] <= total_steps(config) and len(means) >= len(shapes) - config.n_layer
+                and [len(group["params"]) for group in state["optimizer"]["param_groups"]] == [
+                    len(group["params"]) for group in groups]
+                and all(one["exp_avg"].shape == one["exp_avg_sq"].shape == shapes[i] and one["step"].numel() == 1
+                        for i, one in means.items()))
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return False
+
+
+def all_finite(state: dict) -> bool:
+    """Whether every weight and every mean of AdamW's is; a step that is finite may leave some that are not."""
+    means = [x for of_weight in state["optimizer"]["state"].values() for x in of_weight.values()]
+    return all(bool(x.isfinite().all()) for x in (*state["model"].values(), *means))
+
+
+RUN_FILES = ("config.json", "log.jsonl", "ckpt.pt", "ckpt.prev.pt", "trunk.pt", "result.json", "loss.png",
+             "experts.png")                                                      # and an empty lock
 ANEW = "give another out_dir, or --overwrite to start anew"
-MAY_CHANGE = {"overwrite", "out_dir", "log_interval", "checkpoint_interval"}     # they leave the run's numbers alone
+MAY_CHANGE = {"overwrite", "out_dir", "log_interval", "checkpoint_interval",     # they leave the run's numbers alone,
+              "data_parallel", "expert_parallel"}                                # these but for rounding
 
 
 def open_run(config: Config, data: int) -> dict | None:
     """Make out_dir, or return the checkpoint of the run in it; refuse to continue with another config or other data."""
     out, now = Path(config.out_dir), as_json(config) | {"data": data}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock(out)
-        for name in RUN_FILES if config.overwrite else ():
-            (out / name).unlink(missing_ok=True)
-        there = (out / "ckpt.pt").is_file()
-        then = json.loads((out / "config.json").read_text()) if there or (out / "config.json").is_file() else now
-        state = load_checkpoint(out / "ckpt.pt") if there else None
-        changed = differences(then, now)
-    except BadInput:
-        raise
-    except Exception as error:                                      # whatever a damaged file makes torch.load raise
-        raise BadInput(f"out_dir {config.out_dir[:200]}: its config.json or ckpt.pt cannot be read ({error}): "
-                       f"{ANEW}") from None
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
+    for name in RUN_FILES if config.overwrite else ():
+        (out / name).unlink(missing_ok=True)
+    there = (out / "ckpt.pt").is_file()
+    then = read_json(out / "config.json") if there or (out / "config.json").is_file() else now
+    require(bool(then), f"{out}/config.json is missing, or no JSON object: {ANEW}")
+    changed = differences(then, now)
     require(not changed, f"{out} holds a run with another config ({'; '.join(changed)}): {ANEW}")
-    if state and read_json(out / "result.json"):
+    state = load_checkpoint(out / "ckpt.pt", config) if there else None
+    require(state is None or fits(state, config),
+            f"{out}/ckpt.pt lacks a part of a checkpoint, or has one that does not fit{spare(out / 'ckpt.pt')}")
+    if state and read_result(out):
         return state
     write_text_file(out / "config.json", json.dumps(now, indent=1))
     log = out / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if state and log.is_file() else []     # later lines come again
-    write_text_file(log, "".join(line for line in lines if logged_before(line, state["step"])))
+    lines = read_log(out) if state and log.is_file() else []
+    again = [json.dumps(line) + "\n" for line in lines if line["step"] < state["step"]]      # later lines come again
+    write_text_file(log, "".join(again))
     return state
 
 
@@ -805,34 +900,36 @@ def differences(then: dict, now: dict) -> list[str]:
 
 
 def lock(out: Path) -> None:
-    """One run at a time writes to out_dir; the lock goes with the process (nothing to lock with on Windows)."""
-    try:
-        import fcntl
-    except ImportError:
+    """One run at a time writes to out_dir; the lock goes with the process."""
+    if RANK:
         return
     if lock.file:
         lock.file.close()
-    lock.file = open(out / "lock", "w")  # noqa: SIM115 (held open: that is the lock)
-    try:
-        fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadInput(f"another process is training in {out}: wait for it, or give another out_dir") from None
+    lock.file = hold(out / "lock")
+    require(lock.file is not None, f"another process is training in {out}: wait for it, or give another out_dir")
+
+
+def hold(path: Path) -> typing.TextIO | None:
+    """The open file, locked until it is closed; None if another process holds it (Windows has nothing to lock with)."""
+    file = open(path, "w")  # noqa: SIM115 (held open: that is the lock)
+    with contextlib.suppress(ImportError):
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+    return file
 
 
 lock.file = None
 
 
 def write_text_file(path: Path, text: str) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def logged_before(line: str, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] < step
-    except (json.JSONDecodeError, KeyError):                           # a line cut off by a crash
-        return False
+    if RANK == 0:
+        partial = path.with_suffix(".tmp")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
 
 
 SAME_WEIGHTS = {"seq_len", "max_seq_len", "aux_coef", "z_coef", "balance_scope", "bias_rate", "router_noise",
@@ -888,6 +985,7 @@ def peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated(device)
     if Path("/proc/self/status").is_file():           # getrusage would count what the parent held when it started us
         return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    import resource  # (Windows has none)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -905,10 +1003,15 @@ class DoesNotFit(BadInput):
 
 def check_memory(config: Config) -> tuple[int, int]:
     """(bytes the run needs, bytes there are); DoesNotFit with the fix if that is too little."""
-    need, free = memory(config, config.micro_batch, config.dtype)["total"], free_memory(config.device)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if config.device == "cpu" else 1      # ranks beside this one
+
+    def needs(**smaller) -> float:
+        return here * on_one_rank(replace(config, batch_tokens=None, **smaller), WORLD)[0]["total"]
+
+    need, free = needs(), free_memory(config.device)
     if need > free:
         fits = [(b, t) for t in (config.seq_len >> i for i in range(8)) for b in (config.micro_batch, 1)
-                if t and memory(replace(config, seq_len=t), b, config.dtype)["total"] < free]
+                if t and needs(seq_len=t, micro_batch=b) < free]
         fix = ("--micro_batch={} --seq_len={} would fit".format(*fits[0]) if fits else
                "weights, gradients and optimizer alone are too many: use a smaller model")
         need, free = need / 2**30, free / 2**30
@@ -935,11 +1038,36 @@ class Ended(Exception):
         self.code = code
 
 
+class Screen:
+    """Standard output for what goes on when nobody reads it any more, or its disk is full."""
+
+    def __init__(self):
+        self.stream = sys.stdout
+
+    def write(self, text: str) -> None:
+        self.attempt(self.stream.write, text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call: Callable, *arguments: str) -> None:
+        try:
+            call(*arguments)
+        except OSError:
+            drop_output(self.stream)
+
+
 def run(config: Config) -> int:
     """Train, and keep the run as Run does; returns the exit code: 0 done or interrupted and saved, or DIVERGED."""
+    table, n = PLAIN if config.plain else COMPILED if config.compile else FAST, config.expert_parallel
+    require(UNDER_TORCHRUN or (config.data_parallel == "ddp" and n == 1), "data_parallel = 'fsdp' and expert_parallel "
+            "are for several processes: torchrun --standalone --nproc_per_node=2 train.py CONFIG ...")
+    check_ranks(config, WORLD)
+    if n > 1:
+        table = table._replace(experts=experts_of_ranks(table.experts, mesh(n)["experts"].get_group()))
     try:
-        with using(PLAIN if config.plain else COMPILED if config.compile else FAST):
-            train(config, Run, Corpus)
+        with contextlib.redirect_stdout(Screen()), using(table):
+            train(config, *((keep_on_ranks, in_turn(RankCorpus)) if UNDER_TORCHRUN else (Run, Corpus)))
     except Ended as end:
         return end.code
     return 0
@@ -955,15 +1083,16 @@ class Run(Keeper):
         self.given = initial_weights(config)
         self.state = open_run(config, fingerprint(data.train))              # nothing was written to out_dir before this
         describe(config, data, need, free)
-        if self.state and read_json(self.out / "result.json"):
+        if self.state and read_result(self.out):
             print(f"{config.out_dir} is finished after {data.steps} steps; --overwrite starts anew")
             raise Ended(0)
         keep_freed_memory()
-        if config.device.startswith("cuda"):
-            torch.cuda.set_device(config.device)                            # Triton launches on the current device
+        gpu = torch.device(config.device).index                             # None: the one that is current already
+        if gpu is not None:
+            torch.cuda.set_device(gpu)                                      # Triton launches on the current device
 
     def begin(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[Callable[..., Output], int]:
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.trunk = model, optimizer, trunk_steps(self.config)
         start, self.seconds, self.skipped = 0, 0.0, 0
         if self.given:
             model.load_state_dict(self.given, strict=False)                 # all but a selection bias it may not have
@@ -988,6 +1117,8 @@ class Run(Keeper):
         """Evaluate and write it down; the time it takes is no training time."""
         self.elapsed += time.perf_counter() - self.clock
         ce, bits = map(float, evaluate())
+        if not math.isfinite(ce):
+            raise self.diverged(step, "the validation loss is not finite")
         self.write({"step": step, "tokens": self.data.position(step)[0], "seconds": self.seconds,
                     "val_ce": ce, "val_bits_per_byte": bits})
         print(f"step {step:6d} validation {ce:.4f} nats a token, {bits:.4f} bits a byte", flush=True)
@@ -1003,26 +1134,47 @@ class Run(Keeper):
         stats = {name: torch.stack([part[1][name].float() for part in self.parts]).mean(0) for name in self.parts[0][1]}
         self.pending.append((step, rate, self.bytes_read, torch.cat((losses, norm.detach().view(1))), stats))
         self.parts, self.bytes_read = [], 0
-        stopping = list(self.stop)                                          # looked at once a step: save all or nothing
-        last = step + 1 == self.data.steps
-        save = (step + 1) % self.config.checkpoint_interval == 0 or last or stopping
+        stopping = self.stopping()                                          # looked at once a step: save all or nothing
+        last, trunk = step + 1 == self.data.steps, step + 1 == self.trunk
+        save = (step + 1) % self.config.checkpoint_interval == 0 or last or trunk or stopping
         if save or (step + 1) % self.config.log_interval == 0:
-            self.flush()
-            if self.longest_streak >= 10:
-                print(f"error: ten steps in a row were not finite, stopping at step {step}; the checkpoint in "
-                      f"{self.out} is the last good one: try a lower learning_rate", file=sys.stderr)
-                raise Ended(DIVERGED)
+            self.print_line(self.flush())
+        elif len(self.pending) == 10:
+            self.flush()                                                    # to notice ten steps that were not finite
+        if self.longest_streak >= 10:
+            raise self.diverged(step, "ten steps in a row were not finite")
         if save and (self.streak == 0 or last):
-            save_checkpoint(self.out / "ckpt.pt", {
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step + 1,
-                "seconds": self.seconds, "skipped": self.skipped})
+            state = self.states() | {"step": step + 1, "seconds": self.seconds, "skipped": self.skipped}
+            if not self.all_finite(state):
+                raise self.diverged(step, "the weights, or AdamW's means, are not finite")
+            for name in ["trunk.pt"] * trunk + ["ckpt.pt"]:                 # (the trunk stays when ckpt.pt moves on)
+                save_checkpoint(self.out / name, state)
         if stopping and not last:
-            what = "saved" if self.streak == 0 else "the checkpoint before its last, not finite, steps is kept"
+            what = "saved" if self.streak == 0 else "without its last steps, which were not finite"
             print(f"stopped by {stopping[0]} after step {step}: {what}; the same command continues")
             raise Ended(0)
 
-    def flush(self) -> None:
-        """Write the pending steps, and print the last. Reading the first number waits for the device."""
+    def stopping(self) -> list[str]:
+        return list(self.stop)
+
+    def states(self) -> dict[str, dict]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def all_finite(self, state: dict) -> bool:
+        return all_finite(state)
+
+    def diverged(self, step: int, what: str) -> Ended:
+        """Say why the run stops, and which checkpoint there is."""
+        if self.pending:
+            self.flush()
+        kept = "the last finite checkpoint" if (self.out / "ckpt.pt").is_file() else "no checkpoint"
+        if RANK == 0:
+            print(f"error: {what}, stopping at step {step}; {kept} is in {self.out}: start anew with a lower "
+                  "learning_rate and --overwrite", file=sys.stderr)
+        return Ended(DIVERGED)
+
+    def flush(self) -> dict:
+        """Write the pending steps and return the last's line. Reading the first number waits for the device."""
         rows = [(step, rate, int(n_bytes), numbers.tolist(), {k: v.tolist() for k, v in stats.items()})
                 for step, rate, n_bytes, numbers, stats in self.pending]
         self.pending = []
@@ -1049,7 +1201,7 @@ class Run(Keeper):
             if stats and step == rows[-1][0]:
                 line["load"] = [[round(share, 5) for share in row] for row in load]
             self.write(line)
-        self.print_line(line)
+        return line
 
     def print_line(self, line: dict) -> None:
         seconds = int((self.data.position(self.data.steps)[0] - line["tokens"]) / line["tokens_per_s"])
@@ -1064,8 +1216,10 @@ class Run(Keeper):
 
     def end(self, evaluate: Callable[[], tuple[float, float]]) -> None:
         """result.json, the figures and a sample of text: what a run leaves behind."""
+        self.leave(*self.evaluation(self.data.steps, evaluate))
+
+    def leave(self, ce: float, bits: float) -> None:
         config, out = self.config, self.out
-        ce, bits = self.evaluation(self.data.steps, evaluate)
         sizes = budget(config)
         result = {
             "name": out.name, "status": "done", "loss": ce, "bits_per_byte": bits, **sizes,
@@ -1078,7 +1232,12 @@ class Run(Keeper):
         write_text_file(out / "result.json", json.dumps(result, indent=1))  # last: it says that the run is finished
         figures = "loss.png, experts.png" if config.n_expert > 1 else "loss.png"
         print(f"done: {ce:.4f} nats a token, {bits:.4f} bits a byte after {sizes['tokens']:,} tokens in "
-              f"{self.seconds:.0f} s; {out}/ holds result.json, {figures}\n--- a sample ---")
+              f"{self.seconds:.0f} s; {out}/ holds result.json, {figures}")
+        self.show_sample()
+
+    def show_sample(self) -> None:
+        config = self.config
+        print("--- a sample ---")
         prompt = "import " if config.dataset == "stdlib" else ""
         n_token = min(200, config.max_seq_len - len(prompt) - 1)
         if n_token > 0:
@@ -1091,7 +1250,7 @@ def catch_signals() -> list[str]:
     caught: list[str] = []
 
     def handler(number, frame):
-        if caught:
+        if caught and not UNDER_TORCHRUN:                    # (it passes one on that may have come already)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         caught.append(signal.Signals(number).name)
@@ -1124,6 +1283,280 @@ def budget(config: Config) -> dict:
             "top_k": config.top_k, "steps": last, "tokens": tokens, "flops": sizes["flops_per_token"] * tokens}
 
 
+# --- more than one process: torchrun starts train.py on every rank, torch.distributed connects them ---
+# Rank r of a world of W takes every W-th micro-batch of a step. "ddp": each rank holds the model, and gradients are
+# averaged. "fsdp": each holds a W-th of every matrix, gathered for a block while it computes. Expert parallelism, with
+# "ddp": each rank of a group of n holds E / n experts, and tokens travel. Only rank 0 prints and writes.
+
+
+RANK, WORLD, UNDER_TORCHRUN = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), "RANK" in os.environ
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[None]:
+    """Connect the processes that torchrun started: NCCL between GPUs, gloo between CPUs. Alone: nothing."""
+    if not UNDER_TORCHRUN:
+        yield
+        return
+    if torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    with contextlib.redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
+        try:
+            yield
+        except BadInput:
+            if RANK == 0:
+                raise
+            sys.exit(2)                                                     # rank 0 says it for all
+    dist.destroy_process_group()
+
+
+def gathered(thing) -> list:
+    """What each rank has here, by rank."""
+    things = [thing] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def in_turn(make: Callable) -> Callable:
+    """`make`, done by rank 0 first, which writes what the others read; where it ends on one, it ends on all."""
+
+    def made(*arguments):
+        result = ended = None
+        for turn in (False, True):
+            if (RANK > 0) == turn:
+                try:
+                    result = make(*arguments)
+                except (BadInput, Ended, OSError) as error:
+                    ended = error
+            ended = next(filter(None, gathered(ended)), None)
+            if ended:
+                raise ended
+        return result
+
+    return made if WORLD > 1 else make
+
+
+@lru_cache
+def mesh(n: int) -> DeviceMesh:
+    """The world as groups of n ranks: "experts" along a group, "replicas" across groups."""
+    kind = "cuda" if torch.cuda.device_count() else "cpu"
+    return init_device_mesh(kind, (WORLD // n, n), mesh_dim_names=("replicas", "experts"))
+
+
+def check_ranks(config: Config, world: int) -> None:
+    """Raise BadInput where a world of so many ranks cannot train this."""
+    n = config.expert_parallel
+    require(config.data_parallel == "ddp" or n == 1, f"expert_parallel = {n} goes with data_parallel = 'ddp' alone")
+    if n > 1:
+        require(config.n_expert > 1 and len(config.widths) == 1,
+                f"expert_parallel = {n} needs experts of one width, not expert_groups and not n_expert = 1")
+        require(config.n_expert % n == 0 and world % n == 0, f"expert_parallel = {n} must divide n_expert = "
+                f"{config.n_expert} and the number of processes, {world}")
+
+
+LINKS = {"NVLink": 450e9, "InfiniBand": 50e9}    # bytes/s a GPU sends: among the 8 of an H100 machine; between machines
+
+
+def on_one_rank(config: Config, world: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes a rank holds in a step, and bytes it sends in one, by part: by rings, and with an even load."""
+    c, n, held = config, config.expert_parallel, memory(config, config.micro_batch, config.dtype)
+    layers = c.n_layer - c.first_dense_layers if c.n_expert > 1 else 0
+    params = held["weights"] / 4
+    del held["total"]
+    split = layers * 3 * c.d_model * sum(number * width for number, width in c.widths) * (n > 1)
+    root = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+    fsdp, n_micro = c.data_parallel == "fsdp", max(1, ramp(c)[-1][1] // (world * c.micro_batch * c.seq_len))
+    mine = params / world if fsdp else params - split + split / n
+    rows = layers * c.micro_batch * c.seq_len * c.top_k * c.d_model * (2 if c.dtype == "bfloat16" else 4)
+    held |= {part: held[part] * mine / params for part in ("weights", "gradients", "optimizer")}
+    block = (params - root) / c.n_layer
+    held["gathered"] = 2 * 4 * (root + 2 * block) * fsdp                    # of embedding, a block, the next: weights,
+    held["exchanged"] = 2 * rows * (n > 1)                                  # gradients; rows that came, and came back
+    held["total"] = sum(held.values())
+    others, other_replicas, other_owners = ((k - 1) / k for k in (world, world // n, n))
+    reduced = 4 * (params - split) * others + 4 * split / n * other_replicas
+    sent = {"all-reduce": 2 * reduced * (not fsdp), "all-gather": 2 * n_micro * 4 * params * others * fsdp,
+            "reduce-scatter": n_micro * 4 * params * others * fsdp, "all-to-all": 4 * n_micro * rows * other_owners}
+    return held, sent
+
+
+def experts_of_ranks(experts: Callable, group: dist.ProcessGroup) -> Callable:
+    """The table's `experts` where each rank of a group holds E / n of them: a row travels to the rank of its expert, is
+    multiplied there, by the `experts` given, and travels back. The host must know how many rows: it waits for a GPU."""
+
+    def over_ranks(x: Tensor, routing: Routing, w: MoE) -> Tensor:
+        mine = routing.counts.view(group.size(), -1)                        # (n, E / n): my rows, by rank and expert
+        here = torch.empty_like(mine)                                       # (n, E / n): rows for my experts, by rank
+        dist.all_to_all_single(here, mine, group=group)
+        sizes, sizes_here = mine.sum(1).tolist(), here.sum(1).tolist()
+        rows = gather(x.to(compute_dtype(x)), routing.slot)                 # (R, D) in expert order, so by rank too
+        rows = all_to_all_single_autograd(rows, sizes_here, sizes, group)
+        e = torch.arange(here.shape[1], device=x.device).repeat(len(here)).repeat_interleave(here.flatten())[:, None]
+        there = Routing(torch.ones_like(e, dtype=torch.float32), e, *place(e, here.shape[1]), here.sum(0), {}, {})
+        rows = all_to_all_single_autograd(experts(rows, there, w), sizes, sizes_here, group)
+        slot = routing.slot.flatten().long()
+        weight = torch.zeros_like(routing.weights).flatten().scatter(0, slot, routing.weights.flatten())
+        return combine(rows * weight[:, None].to(rows.dtype), routing.slot)
+
+    return over_ranks
+
+
+class OnRanks(nn.Module):
+    """A forward pass on all ranks: its numbers are those of all their rows together, its gradients of one's own."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, y: Tensor) -> Output:
+        share = 1 / WORLD
+        if not self.training:                                               # one micro-batch, its rows shared out (a
+            share = len(x[RANK::WORLD]) / len(x)                            # rank without one takes part all the same)
+            x, y = (x[RANK::WORLD], y[RANK::WORLD]) if share else (x[:1], y[:1])
+        o = self.model(x, y)
+        numbers = [o.ce, o.balance, o.z, *o.stats.values()]
+        means = sum_over_ranks(torch.cat([n.detach().float().flatten() for n in numbers]) * share)
+        means = [part.view_as(n) for part, n in zip(means.split([n.numel() for n in numbers]), numbers)]
+        # DDP and FSDP2 average gradients over ranks, and a step's gradient is a sum over its micro-batches: times W.
+        losses = [WORLD * n + (mean - WORLD * n).detach() for n, mean in zip(numbers[:3], means)]
+        return Output(None, *losses, dict(zip(o.stats, means[3:])))
+
+
+class RankCorpus(Corpus):
+    rank, world = RANK, WORLD
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        n = self.position(step)[1] // (self.config.micro_batch * self.config.seq_len * WORLD)
+        torch.manual_seed(torch.initial_seed() + (RANK << 48))              # noise of its own
+        for i, batch in enumerate(super().micro_batches(step), 1):
+            self.synchronise(i == n)
+            yield batch
+
+    def synchronise(self, last: bool) -> None:
+        """DDP's, once it is there: average gradients after the last alone. (FSDP2 would have to keep whole ones.)"""
+
+
+class RankRun(Run):
+    """A Run on many ranks. Its checkpoint does not know how many: gathered, it is that of a single process."""
+
+    def begin(self, model: Model, optimizer: torch.optim.Optimizer) -> tuple[Callable[..., Output], int]:
+        c, names = self.config, {p: name for name, p in model.named_parameters()}
+        self.names = [names[p] for group in optimizer.param_groups for p in group["params"]]       # in its order
+        self.split = split_experts(model, c.expert_parallel) if c.expert_parallel > 1 else []
+        if c.data_parallel == "fsdp":
+            for module in (*model.blocks, model):
+                fully_shard(module, mesh=mesh(1)["replicas"])
+        self.parameters = dict(model.named_parameters())                    # split or sharded
+        left = iter(self.names)
+        for group in optimizer.param_groups:
+            group["params"] = [self.parameters[next(left)] for _ in group["params"]]
+        if self.state:
+            self.state |= self.each(self.cut, self.state["model"], self.state["optimizer"])
+        if self.given:
+            self.given = {name: self.cut(name, t) for name, t in self.given.items()}
+        forward, start = super().begin(model, optimizer)
+        require(len({*gathered(start)}) == 1, f"{self.out} must be a folder that every rank sees")
+        if c.data_parallel == "ddp":
+            alone = [name for name, p in forward.named_parameters() if any(p is one for one in self.split)]
+            alone += [name for name, _ in forward.named_buffers()]          # (a rank's own counts of the load)
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(forward, alone)
+            forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+            self.data.synchronise = partial(setattr, forward, "require_backward_grad_sync")
+        self.peak = self.peak and WORLD * self.peak
+        return OnRanks(forward), start
+
+    def each(self, change: Callable[[str, Tensor], Tensor], model: dict, optimizer: dict) -> dict:
+        """A checkpoint's two dictionaries, each tensor changed by what its parameter is called."""
+        moments = {i: {key: change(self.names[i], t) for key, t in state.items()}
+                   for i, state in optimizer["state"].items()}
+        return {"model": {name: change(name, t) for name, t in model.items()},
+                "optimizer": optimizer | {"state": moments}}
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        """What this rank holds of a parameter, or of one of its moments."""
+        p = self.parameters.get(name)                                       # (none: a buffer, and it has it whole)
+        if isinstance(p, DTensor) and whole.dim():
+            return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        if any(p is one for one in self.split) and whole.dim():
+            return my_experts(whole, self.config.expert_parallel)
+        return whole
+
+    def whole(self, name: str, mine: Tensor) -> Tensor:
+        """`cut` undone. On all ranks at once."""
+        if mine.dim() and any(self.parameters.get(name) is one for one in self.split):
+            mine = DTensor.from_local(mine.detach(), mesh(self.config.expert_parallel)["experts"], [Shard(0)])
+        if isinstance(mine, DTensor):
+            mine = mine.full_tensor()
+            mine = mine.cpu() if RANK == 0 else mine[:0]                    # not all of them on every GPU at once
+        return mine
+
+    def states(self) -> dict:
+        return self.each(self.whole, *super().states().values())
+
+    def all_finite(self, state: dict) -> bool:
+        return all(gathered(super().all_finite(state)))
+
+    def clip(self) -> Tensor:
+        """The norm of the whole gradient: what each rank holds alone is added up over its group."""
+        n = self.config.expert_parallel
+        for p in self.split:
+            dist.all_reduce(p.grad, group=mesh(n)["replicas"].get_group())
+            p.grad /= WORLD
+        own, all_parameters = {*self.split}, [*self.parameters.values()]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in all_parameters if p not in own])
+        if own:
+            square = torch.nn.utils.get_total_norm([p.grad for p in self.split]).square()
+            dist.all_reduce(square, group=mesh(n)["experts"].get_group())
+            norm = (norm.square() + square).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(all_parameters, self.config.grad_clip or math.inf, norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def stopping(self) -> list[str]:
+        """A signal to one rank stops all, after the same step."""
+        told = sum_over_ranks(torch.tensor(len(self.stop)))
+        return (self.stop or ["a signal to another rank"]) if told else []
+
+    def step(self, step: int, norm: Tensor, rate: float) -> None:
+        self.bytes_read = sum_over_ranks(self.bytes_read)
+        super().step(step, norm, rate)
+
+    def write(self, line: dict) -> None:
+        if RANK == 0:
+            super().write(line)
+
+
+    def leave(self, ce: float, bits: float) -> None:
+        if RANK == 0:
+            super().leave(ce, bits)
+
+    def show_sample(self) -> None:
+        print(f"python model.py {self.out} writes a sample")
+
+
+def keep_on_ranks(config: Config, data: RankCorpus) -> RankRun:
+    """A RankRun, if all ranks are about to do the same."""
+    here = as_json(config) | {"data": fingerprint(data.train), "torch": torch.__version__}
+    first, *others = gathered(here)
+    for rank, other in enumerate(others, 1):
+        differ = [f"{name} {first[name]!r} -> {other[name]!r}" for name in first if first[name] != other[name]]
+        require(not differ, f"rank {rank} is about to train something else than rank 0: {'; '.join(differ)}")
+    return in_turn(RankRun)(config, data)
+
+
+def split_experts(model: Model, n: int) -> list[nn.Parameter]:
+    """Leave each rank of a group of n its own experts alone; returns their parameters."""
+    lists = [matrices for block in model.blocks if block.moe for matrices in (block.ffn.w_in, block.ffn.w_out)]
+    for matrices in lists:
+        matrices[0] = nn.Parameter(my_experts(matrices[0].detach(), n))
+    return [matrices[0] for matrices in lists]
+
+
+def my_experts(whole: Tensor, n: int) -> Tensor:
+    return whole.chunk(n)[RANK % n].clone()
+
+
 # --- the figures of a run, from its log alone ---
 
 
@@ -1136,7 +1569,23 @@ def draw_figures(out: Path) -> None:
 
 
 def read_log(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    """The lines of out/log.jsonl; those that a crash or a bad disk has damaged are left out, and counted."""
+    lines = (out / "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [line for line in map(log_line, lines) if line]
+    if len(found) < len(lines):
+        print(f"{out}/log.jsonl: damaged lines are left out, {len(lines) - len(found)} of {len(lines)}")
+    return found
+
+
+def log_line(text: str) -> dict:
+    """What Run.write wrote, or {}."""
+    with contextlib.suppress(ValueError, RecursionError):
+        line = json.loads(text)
+        if isinstance(line, dict) and type(line.get("step")) is int and isinstance(line.get("load", []), list) and all(
+                isinstance(line.get(name), NUMBER) for name in ("tokens", "seconds")) and all(
+                value is None or isinstance(value, NUMBER) for name, value in line.items() if name != "load"):
+            return line
+    return {}
 
 
 def draw_loss(runs: list[Path], path: Path) -> None:
@@ -1295,6 +1744,7 @@ import csv
 import io
 import statistics
 import subprocess
+import threading
 
 from router import FUSED, Context, check_causal
 
@@ -1311,6 +1761,8 @@ class Trial:
     group: str = ""            # `group` in the file: ranked apart, and a colour or a curve of its own in the figure
     along: str | None = None   # the field that the figure draws the loss against
     baseline: str | None = None    # the group whose runs are the ladder that equal loss is read off
+    broken: str = ""           # what the system said when its folder could not be used
+    shorter: "Trial | None" = None     # of a branch: the next shorter one, whose trunk it takes over
 
 
 def load_runs(path: str, overrides: dict | None = None) -> list[Config]:
@@ -1333,8 +1785,8 @@ def read_runs(path: str, overrides: dict | None = None, seeds: list | None = Non
             f"{path}: seeds = {seeds!r} must be different whole numbers, such as [1, 2, 3]")
     require(not seeds or "seed" not in overrides, "--seed would make the seeds of a run all the same: use --seeds")
     folder = overrides.get("out_dir") or shared.get("out_dir") or f"out/{Path(path).stem}"
-    runs = [make_run(entry, seed, f"-s{seed}" if len(seeds) > 1 else "", shared, overrides, folder)
-            for entry in entries for seed in seeds or [None]]
+    runs = [run for entry in entries for seed in seeds or [None]
+            for run in make_runs(entry, seed, f"-s{seed}" if len(seeds) > 1 else "", shared, overrides, folder)]
     for run in runs:
         run.along = along
         run.baseline = baseline
@@ -1357,6 +1809,31 @@ def require_ladder(path: str, runs: list[Trial], baseline: str) -> None:
     budgets = {budget(run.config)["flops"] for run in runs if run.group == baseline}
     require(len(budgets) > 2, f"{path}: the baseline {baseline!r} needs a ladder, runs of three budgets (FLOPs) or "
             f"more, and has {len(budgets)}")
+
+
+def make_runs(entry: dict, seed: int | None, suffix: str, shared: dict, overrides: dict, folder: str) -> list[Trial]:
+    """The run of an entry or, one for each of its `branches`, runs to so many tokens: NAME-1000, NAME-2000, ..."""
+    if "branches" not in entry:
+        return [make_run(entry, seed, suffix, shared, overrides, folder)]
+    name, ends = entry.get("name", ""), entry["branches"]
+    require(isinstance(ends, list) and ends and all(type(end) is int and end > 0 for end in ends)
+            and ends == sorted({*ends}),
+            f"run {name}: branches = {ends!r} must be rising whole numbers, the tokens to train each branch to")
+    own = {key: value for key, value in entry.items() if key != "branches"}
+    longest = make_run(own | {"name": f"{name}-{ends[-1]}", "max_tokens": ends[-1]}, seed, suffix, shared, overrides,
+                       folder)
+    require(longest.config.schedule == "constant" and longest.config.decay > 0, f"run {name}: branches need a constant "
+            "rate to share and a decay of their own: schedule = 'constant', decay > 0")
+    require(longest.config.max_tokens == ends[-1] <= position(longest.config, total_steps(longest.config))[0],
+            f"run {name}: another max_tokens, or too few max_steps, would end its branches elsewhere")
+    runs = []
+    for end in ends:
+        model = f"{name}-{end}"
+        config = replace(longest.config, max_tokens=end, out_dir=f"{folder}/{model}{suffix}")
+        require(1 < config.warmup <= position(config, trunk_steps(config))[0], f"run {model}: branches share their "
+                f"warmup, so it is in tokens, above 1, and over before a decay begins; not {config.warmup:g}")
+        runs.append(replace(longest, config=config, name=model + suffix, model=model, shorter=[None, *runs][-1]))
+    return runs
 
 
 def make_run(entry: dict, seed: int | None, suffix: str, shared: dict, overrides: dict, folder: str) -> Trial:
@@ -1387,11 +1864,14 @@ def select(runs: list[Trial], only: list[list[str]] | None) -> list[Trial]:
 def dry_run(runs: list[Trial], as_json: bool) -> None:
     """A row a run, and of a single one its sizes in full; nothing is allocated for it, whatever the size.
 
-    as_json: count() and memory() of the run, of a sweep a list of them.
+    as_json: count(), budget() and memory() of the run, of a sweep a list of them; flops_paid: without a trunk that
+    another branch has paid.
     """
     costs = [(run, count(c), memory(c, c.micro_batch, c.dtype), budget(c)) for run in runs for c in [run.config]]
+    paid = [paid_flops(run) for run in runs]
     if as_json:
-        found = [({"name": run.name} if run.name else {}) | sizes | {"memory": need} for run, sizes, need, _ in costs]
+        found = [({"name": run.name} if run.name else {}) | sizes | cost | {"flops_paid": own, "memory": need}
+                 for (run, sizes, need, cost), own in zip(costs, paid)]
         print(json.dumps(found if runs[0].name else found[0]))
         return
     names = [Path(run.config.out_dir).name for run in runs]
@@ -1403,10 +1883,54 @@ def dry_run(runs: list[Trial], as_json: bool) -> None:
         print(f"{name:{width}} {cost['n_total'] / 1e6:9,.2f}M {cost['n_active'] / 1e6:9,.2f}M "
               f"{cost['tokens']:14,} {cost['flops']:8.2e} {need['total'] / 2**30:5.2f} GiB  {fits}", flush=True)
     total = sum(cost["flops"] for *_, cost in costs)
-    print(f"{len(runs)} run{'s'[:len(runs) - 1]}, {total:.3g} FLOPs; parameters include embeddings, counted as each "
-          "run ties them")
+    saving = f", {sum(paid):.3g} with each trunk paid once" if sum(paid) < total else ""
+    print(f"{len(runs)} run{'s'[:len(runs) - 1]}, {total:.3g} FLOPs{saving}; parameters include embeddings, counted as "
+          "each run ties them")
     if not runs[0].name:
         print_sizes(*costs[0][1:3])
+
+
+def dry_run_world(config: Config, world: int, as_json: bool) -> None:
+    """What a rank of `world` holds and sends in a step, for each way to train the config on so many."""
+    require(type(world) is int and world > 1, f"--world={world} must be a number of processes, 2 or more")
+    unit, batch = world * config.micro_batch * config.seq_len, ramp(config)[-1][1]
+    require(config.batch_tokens is None or batch % unit == 0,
+            f"batch_tokens = {batch} must be a multiple of micro_batch * seq_len * {world} ranks = {unit}")
+    modes = {"ddp": {}, "fsdp": {"data_parallel": "fsdp"}}
+    modes |= {f"experts / {n}": {"expert_parallel": n} for n in (2, 4, 8)}
+    found = {}
+    for mode, changes in modes.items():
+        with contextlib.suppress(BadInput):                                 # a way that does not divide
+            c = replace(config, **({"data_parallel": "ddp", "expert_parallel": 1} | changes))
+            check_ranks(c, world)
+            held, sent = on_one_rank(c, world)
+            found[mode] = {"held": held, "sent": sent, "seconds": seconds_on_h100(c, world, sent)}
+    if as_json:
+        return print(json.dumps(found))
+    print(f"a rank of {world}, {config.dtype}, a step of {max(1, batch // unit)} micro-batches a rank, "
+          f"{max(unit, batch):,} tokens in all")
+    for part, unit, power in (("held", "GiB", 2**30), ("sent", "GiB a step", 2**30), ("seconds", "on H100s", 1)):
+        print(f"\n{part + ', ' + unit:26s}" + "".join(f"{mode:>14s}" for mode in found))
+        for name in next(iter(found.values()))[part]:
+            print(f"  {name:24s}" + "".join(f"{one[part][name] / power:14.3f}" for one in found.values()))
+
+
+def seconds_on_h100(config: Config, world: int, sent: dict[str, float]) -> dict[str, float]:
+    """By data sheet: matrix products at the full rate, and what is sent at that of the link: floors, both."""
+    link = LINKS["NVLink" if world <= 8 else "InfiniBand"]
+    tokens = max(ramp(config)[-1][1] / world, config.micro_batch * config.seq_len)
+    rate = CARDS["H100"].bfloat16 if config.dtype == "bfloat16" else CARDS["H100"].float32
+    within = LINKS["NVLink"] if config.expert_parallel <= 8 else link       # a group of experts is in one machine
+    exchange = sent["all-to-all"] / within
+    return {"computing": count(config)["flops_per_token"] * tokens / rate,
+            "sending": exchange + (sum(sent.values()) - sent["all-to-all"]) / link}
+
+
+def paid_flops(run: Trial) -> int:
+    """FLOPs of a run, of a branch without the trunk that it takes over from the next shorter one."""
+    cost, shorter = budget(run.config), run.shorter and run.shorter.config
+    shared = position(shorter, trunk_steps(shorter))[0] if shorter else 0
+    return cost["flops"] * (cost["tokens"] - shared) // cost["tokens"]
 
 
 def print_sizes(sizes: dict[str, int], need: dict[str, int]) -> None:
@@ -1448,7 +1972,7 @@ def sweep(args: argparse.Namespace, runs: list[Trial], sum_up: Callable[[Path, l
         require(folder.is_dir(), f"{folder} holds no run of {args.config} yet")
         for run in runs:                                                   # they may have run on another machine
             out = Path(run.config.out_dir)
-            then = read_json(out / "outcome.json", "config").get("config") or read_json(out / "config.json")
+            then = read_json(out / "outcome.json", config=dict).get("config") or read_json(out / "config.json")
             run.config = replace(run.config, **{k: then[k] for k in ("device", "dtype") if k in then})
     else:
         gpus = torch.cuda.device_count() if runs[0].config.device.startswith("cuda") else 1
@@ -1456,7 +1980,8 @@ def sweep(args: argparse.Namespace, runs: list[Trial], sum_up: Callable[[Path, l
         require(type(parallel) is int and parallel > 0, f"--parallel={parallel} must be a number of runs at once")
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
-        run_all(chosen, parallel)
+        with contextlib.redirect_stdout(Screen()):
+            run_all(chosen, parallel)
     sum_up(folder, runs)
     return 0 if all(outcome(run)[0] in RESULTS for run in chosen) else 1
 
@@ -1465,12 +1990,18 @@ def run_all(chosen: list[Trial], parallel: int) -> None:
     """Keep `parallel` processes busy until all have ended. Ctrl-C and SIGTERM are passed on, once: the runs save."""
     waiting = [run for run in chosen if run.config.overwrite or outcome(run)[0] not in RESULTS]
     print(f"{len(chosen)} runs, {len(chosen) - len(waiting)} of them have a result; {parallel} at once", flush=True)
-    work = {run.name: budget(run.config)["flops"] for run in waiting}        # the time left goes by it
+    work = {run.name: paid_flops(run) for run in waiting}                    # the time left goes by it
     stop, told, begin, n, done = catch_signals(), False, time.monotonic(), len(waiting), 0
     slots, live = list(range(parallel)), []
     while live or (waiting and not stop):
-        while slots and waiting and not stop:
-            live.append(start(waiting.pop(0), slots.pop(0), parallel))
+        while slots and not stop and (run := ready(waiting, live)):
+            waiting.remove(run)
+            with blame(run):
+                live.append(start(run, slots[0], parallel))
+                slots.pop(0)
+            if run.broken:
+                print(f"{run.name} failed, {run.broken}", flush=True)
+                work.pop(run.name)
         for one in live if stop and not told else ():
             one.process.terminate()
         told = bool(stop)
@@ -1478,7 +2009,9 @@ def run_all(chosen: list[Trial], parallel: int) -> None:
         for one in [one for one in live if one.process.poll() is not None]:
             live.remove(one)
             slots.append(one.slot)
-            record(one, told)
+            one.process.stdin.close()
+            with blame(one.run):
+                record(one, told)
             status, reason, result = outcome(one.run)
             flops, now = work.pop(one.run.name), time.monotonic()
             done += flops if result else 0
@@ -1490,10 +2023,41 @@ def run_all(chosen: list[Trial], parallel: int) -> None:
         print(f"stopped by {stop[0]}: the same command continues")
 
 
+@contextlib.contextmanager
+def blame(run: Trial) -> Iterator[None]:
+    """What the system says of a run's folder is the failure of this run, not the end of the sweep."""
+    try:
+        yield
+    except OSError as error:
+        run.broken = str(error)
+
+
+def ready(waiting: list[Trial], live: list[Started]) -> Trial | None:
+    """The first run that waits for nothing: a branch waits until the next shorter one has ended."""
+    ahead = {run.name for run in itertools.chain(waiting, (one.run for one in live))}
+    return next((run for run in waiting if not (run.shorter and run.shorter.name in ahead)), None)
+
+
+def take_over_trunk(run: Trial) -> None:
+    """Give a branch without a checkpoint the next shorter one's, from where that one's decay began."""
+    here, there = Path(run.config.out_dir), Path(run.shorter.config.out_dir)
+    then, now = read_json(there / "config.json", "max_tokens"), as_json(run.config)
+    if (here / "ckpt.pt").is_file() or not (there / "trunk.pt").is_file() or not then:
+        return
+    if differences(then, now | {"max_tokens": then["max_tokens"]}):        # no longer the same run up to there
+        return
+    write_text_file(here / "config.json", json.dumps(then | now, indent=1))
+    shutil.copy(there / "log.jsonl", here)                                 # (its later lines are left out by open_run)
+    shutil.copy(there / "trunk.pt", here / "ckpt.tmp")
+    (here / "ckpt.tmp").replace(here / "ckpt.pt")
+
+
 def start(run: Trial, slot: int, parallel: int) -> Started:
     """A process of its own for the run: on its GPU, or with its share of the threads. Its output goes to train.log."""
     out, environment = Path(run.config.out_dir), dict(os.environ)
     out.mkdir(parents=True, exist_ok=True)
+    if run.shorter and not run.config.overwrite:
+        take_over_trunk(run)
     (out / "outcome.json").unlink(missing_ok=True)
     if parallel > 1:
         (out / "alone").unlink(missing_ok=True)
@@ -1508,19 +2072,28 @@ def start(run: Trial, slot: int, parallel: int) -> Started:
     command = [sys.executable, "-u", __file__, "--run", json.dumps(asdict(run.config))]
     with open(out / "train.log", "wb" if run.config.overwrite else "ab") as log:
         before = log.tell(), oom_kills(), time.monotonic()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
                                    start_new_session=True)                # Ctrl-C reaches it through us alone
     return Started(run, slot, process, out / "train.log", *before)
+
+
+def end_with_parent() -> None:
+    """Stop, as at SIGTERM, when nobody holds the other end of standard input any more: the sweep is gone, however it
+    ended. What has not saved within three seconds goes on from its checkpoint another time."""
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3)
+    os._exit(130)
 
 
 def train_alone(config: Config) -> int:
     """What start() starts. The exit code tells how it ended; running out of memory is one of the ways."""
     try:
         return run(config)
-    except (DoesNotFit, MemoryError, RuntimeError) as error:               # torch.OutOfMemoryError is a RuntimeError
-        known = isinstance(error, (DoesNotFit, MemoryError, torch.OutOfMemoryError))
-        if not known and not re.search("DefaultCPUAllocator|CUDA error: out of memory|ALLOC_FAILED", str(error)):
-            raise                                                          # (those three have no class of their own)
+    except (DoesNotFit, MemoryError, RuntimeError) as error:
+        if not isinstance(error, DoesNotFit) and not out_of_memory(error):
+            raise
         print(f"error: {[*str(error).splitlines(), 'out of memory'][0]}", file=sys.stderr)
         return OUT_OF_MEMORY
 
@@ -1551,9 +2124,12 @@ def oom_kills() -> int | None:
 def outcome(run: Trial) -> tuple[str, str, dict]:
     """(status, reason, result.json) of a run, from its folder alone. A loss worse than guessing counts as diverged."""
     out, now = Path(run.config.out_dir), as_json(run.config)
-    ended, then = read_json(out / "outcome.json", "status", "reason", "config"), read_json(out / "config.json")
-    result = read_json(out / "result.json", "loss")
-    if ended and not differences(ended["config"], now):
+    ended = read_json(out / "outcome.json", status=str, reason=str, config=dict)
+    then, result = read_json(out / "config.json"), read_result(out)
+    finished = result and then and not differences(then, now)              # then no attempt after it counts
+    if run.broken:
+        return "failed", run.broken, {}
+    if ended and not finished and not differences(ended["config"], now):
         return ended["status"], ended["reason"], {}
     if not then:
         return "skipped", "not started", {}
@@ -1568,13 +2144,22 @@ def outcome(run: Trial) -> tuple[str, str, dict]:
     return "done", "", result
 
 
-def read_json(path: Path, *keys: str) -> dict:
-    """The object in the file; {} if there is no file, no JSON, no object, or it lacks a key."""
+NUMBER = (int, float)
+
+
+def read_json(path: Path, **kinds) -> dict:
+    """The object in the file; {} if there is no file, no object, or what stands under a key is not of its kind."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and all(key in found for key in keys) else {}
+    return found if isinstance(found, dict) and all(isinstance(found.get(k), kind) for k, kind in kinds.items()) else {}
+
+
+def read_result(out: Path) -> dict:
+    """A whole result.json, or {}: the run is then not finished."""
+    names = ("loss", "bits_per_byte", "seconds", "tokens_per_s", "peak_memory")
+    return read_json(out / "result.json", **dict.fromkeys(names, NUMBER))
 
 
 # --- sweeps: summing up ---
@@ -1998,20 +2583,38 @@ def numbers(value: Tensor | tuple, n_token: int) -> str:
 
 
 def main(argv: list[str]) -> None:
+    with ranks():
+        code = command(argv)
+    sys.exit(code or 0)
+
+
+def command(argv: list[str]) -> int | None:
+    """What the words ask for; returns the exit code."""
     if argv[:1] in (["draw"], ["trace"]):
         return {"draw": draw, "trace": trace}[argv[0]](argv[1:])
     if argv[:1] == ["--run"]:
-        sys.exit(train_alone(Config(**json.loads(argv[1]))))
+        threading.Thread(target=end_with_parent, daemon=True).start()
+        return train_alone(Config(**json.loads(argv[1])))
     judging = argv[:1] == ["judge"]
     args, given = parse_command_line(argv[judging:])
-    runs = (read_judged if judging else read_runs)(args.config, given, args.seeds, args.scale)
+    runs = in_turn(read_judged if judging else read_runs)(args.config, given, args.seeds, args.scale)
     require(args.dry_run or not args.json, "--json prints sizes: give it --dry_run")
+    if args.dry_run and args.world is not None:
+        require(not runs[0].name, "--world is for the sizes of one run, not of a sweep")
+        return dry_run_world(runs[0].config, args.world, args.json)
+    require(args.world is None, "--world prints sizes: give it --dry_run")
     if args.dry_run:
         return dry_run(select(runs, args.only), args.json)
+    if args.previous:
+        require(not runs[0].name or args.only, "--previous is for one run: name it with --only")
+        for one in select(runs, args.only):
+            in_turn(lambda config: RANK or go_back(config))(one.config)
     if runs[0].name:
-        sys.exit(sweep(args, runs, give_verdict if judging else summarise))
+        require(not UNDER_TORCHRUN, f"{args.config} is a sweep, whose runs are processes of their own: "
+                f"python train.py {args.config} --parallel")
+        return sweep(args, runs, give_verdict if judging else summarise)
     require(not (args.report or args.only or args.parallel is not None), f"{args.config} is one run, not a sweep")
-    sys.exit(run(runs[0].config))
+    return run(runs[0].config)
 
 
 def draw(argv: list[str]) -> None:
@@ -2025,7 +2628,7 @@ def draw(argv: list[str]) -> None:
                             else args.text)
     for out in args.folders:
         require((out / "log.jsonl").is_file(), f"{out} has no log.jsonl: draw takes folders of runs, such as out/tiny")
-        logged = {name for line in read_log(out) for name in line}
+        logged = {name for line in read_log(out) for name, value in line.items() if value is not None}
         require({"ce", "val_ce"} <= logged, f"the run in {out} has too little in its log to draw")
         draw_figures(out)
     print(f"drew the figures in {', '.join(map(str, args.folders))}")

@@ -1,6 +1,6 @@
 """What an idea is worth: the arithmetic of equal loss, the verdict of `train.py judge`, and results/judge/README.md.
 
-Runs are made up (`finish` writes what a finished run leaves), except in the test marked slow.
+Runs are made up (`leave` writes what a finished run leaves), except in the test marked slow.
 """
 
 import csv
@@ -8,49 +8,36 @@ import json
 import math
 import random
 import re
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
-from matplotlib.figure import Figure
+from conftest import ROOT, SHARED, finish, write_config, write_corpus
 
 import router
 import train as t
 
-ROOT = Path(t.__file__).parent
-SHARED = dict(n_layer=2, d_model=32, n_head=2, n_kv_head=1, d_head=16, n_expert=4, top_k=2, d_expert=16, vocab_size=264,
-              seq_len=32, dataset="corpus", micro_batch=4, eval_interval=1000, eval_tokens=256, log_interval=5,
-              checkpoint_interval=1000)
+FIELDS = SHARED | dict(eval_interval=1000, log_interval=5, checkpoint_interval=1000)
 LADDER = "[dict(name=f'base-{steps}', group='base', max_steps=steps) for steps in (10, 20, 40)]"
 ROUTING = {"load_max_over_mean": 1.5, "dead_experts": 3, "entropy": 1.25}
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture
-def command(run_train):
-    return run_train
+def judge(run_train):
+    """Run `python train.py judge sweep.py *words --report` in this process: (exit code, output)."""
+    return lambda *words: run_train("judge", "sweep.py", *words, "--report")[:2]
 
 
 def write(runs: str = LADDER, baseline: str | None = "base", **shared) -> None:
-    lines = [f"{name} = {value!r}\n" for name, value in (SHARED | shared).items()]
-    lines += [f"baseline = {baseline!r}\n"] * (baseline is not None)
-    Path("sweep.py").write_text("".join([*lines, f"runs = {runs}\n"]))
+    write_config("sweep.py", **FIELDS | shared | ({} if baseline is None else {"baseline": baseline}))
+    with open("sweep.py", "a") as file:
+        file.write(f"runs = {runs}\n")
 
 
-def finish(run: t.Trial, loss: float, seconds: float = 2.0, alone: bool = True) -> None:
+def leave(run: t.Trial, loss: float, seconds: float = 2.0, alone: bool = True) -> None:
     """What a finished run leaves, without training it."""
-    out = Path(run.config.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(run.config)))
-    (out / "result.json").write_text(json.dumps({"loss": loss, "bits_per_byte": loss, "seconds": seconds,
-                                                 "tokens_per_s": 1.0, "peak_memory": 1}))
+    out = finish(run.config, loss, seconds)
     (out / "log.jsonl").write_text(20 * (json.dumps(ROUTING) + "\n"))
     if alone:
         (out / "alone").touch()
@@ -60,7 +47,7 @@ def climb(given: dict, base: list[list[float]], idea: list[list[float]], **how) 
     """Finish a ladder of two, a list a rung, a loss a seed; a run of n steps takes n seconds, the idea's half of it."""
     runs = t.read_judged("sweep.py", given, None, 1)
     for run, loss in zip(runs, [loss for rung in [*base, *idea] for loss in rung]):
-        finish(run, loss, run.config.max_steps / (1 if run.group == "base" else 2), **how)
+        leave(run, loss, run.config.max_steps / (1 if run.group == "base" else 2), **how)
 
 
 def judged() -> dict:
@@ -69,30 +56,25 @@ def judged() -> dict:
 
 # --- the arithmetic --------------------------------------------------------------------------------------------------
 
+LINE = [(100, 4.0), (400, 2.0), (1600, 1.0)]
 
-@pytest.mark.parametrize("loss, cost", [
-    (4.0, 100), (2.0, 400), (1.0, 1600),              # the rungs
-    (math.sqrt(8), 200), (math.sqrt(2), 800),         # halfway in logarithms, between the first two and the last two
-    (4.1, None), (0.9, None),                         # beyond either end
+
+@pytest.mark.parametrize("loss, ladder, cost", [
+    (4.0, LINE, 100), (2.0, LINE, 400), (1.0, LINE, 1600),              # the rungs
+    (math.sqrt(8), LINE, 200), (math.sqrt(2), LINE, 800),     # halfway in logarithms, between the first and last two
+    (4.1, LINE, None), (0.9, LINE, None),                               # beyond either end
+    (2.0, [(1, 4.0), (2, 2.0), (4, 3.0), (8, 1.0)], 2),                 # up and down again: the first that reaches it
+    (2.0, [(1, 2.0), (2, 2.0), (4, 1.0)], 1),
 ])
-def test_the_cost_of_a_loss_is_a_straight_line_in_logarithms_and_nothing_beyond_the_ladder(loss, cost):
-    found = t.cost_of(loss, [(100, 4.0), (400, 2.0), (1600, 1.0)])
-    assert found == (cost if cost is None else pytest.approx(cost))
+def test_the_cost_of_a_loss_is_a_straight_line_in_logarithms_and_nothing_beyond_the_ladder(loss, ladder, cost):
+    assert t.cost_of(loss, ladder) == (cost and pytest.approx(cost))
 
 
-def test_a_ladder_that_goes_up_and_down_again_gives_the_first_budget_that_reaches_the_loss():
-    assert t.cost_of(2.0, [(1, 4.0), (2, 2.0), (4, 3.0), (8, 1.0)]) == pytest.approx(2)
-    assert t.cost_of(2.0, [(1, 2.0), (2, 2.0), (4, 1.0)]) == 1
-
-
-def test_an_interval_is_students_on_the_seeds():
+def test_an_interval_is_students_on_the_seeds_and_says_how_many_more_would_leave_out_zero():
     mean, half = t.interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(4.303 / math.sqrt(3), rel=1e-3))   # t(2) = 4.303, deviation 1
     for n, point in ((2, 12.706), (6, 2.571), (11, 2.228), (12, 2.201), (21, 2.086), (61, 2.000)):
         assert t.student(n) == pytest.approx(point, abs=0.01), n
-
-
-def test_as_many_more_seeds_as_the_interval_needs_to_leave_out_zero():
     half = t.student(4) * 0.02 / 2                    # four seeds of deviation 0.02
     assert half > 0.02 and t.more_seeds(0.02, half, 4) == "3"       # t(6) 0.02 / sqrt 7 = 0.0185; six: 0.0210
     assert t.more_seeds(-0.02, half, 4) == "3" and t.more_seeds(1e-9, half, 4) == "over 1,000"
@@ -100,30 +82,25 @@ def test_as_many_more_seeds_as_the_interval_needs_to_leave_out_zero():
 
 # --- the summary of a sweep with a baseline --------------------------------------------------------------------------
 
-
-def test_a_sweep_with_a_baseline_says_what_each_variant_saves_to_equal_loss(command):
+@pytest.mark.parametrize("baseline", ["base", None])
+def test_a_sweep_with_a_baseline_says_what_each_variant_saves_to_equal_loss(run_train, baseline):
     write(LADDER + " + [dict(name='half', group='other', max_steps=20), dict(name='far', group='other', max_steps=20)]",
-          seeds=[1, 2])
+          baseline, seeds=[1, 2])
     losses = {"base-10": 4.0, "base-20": 2.0, "base-40": 1.0, "half": math.sqrt(2), "far": 0.5}
     runs = t.read_runs("sweep.py")
     for run in runs:
-        finish(run, losses[run.model], seconds=run.config.max_steps / (1 if run.group == "base" else 2))
-    code, out, _ = command("sweep.py", "--report")
+        leave(run, losses[run.model], seconds=run.config.max_steps / (1 if run.group == "base" else 2))
+    code, out, _ = run_train("sweep.py", "--report")
+    assert code == 0 and ("To equal loss: what the baseline base takes" in out) == bool(baseline)
+    if baseline is None:
+        return
     cells = {line.split(" | ")[1]: line.split(" | ")[-2:] for line in out.splitlines() if line.startswith("| ")}
     root = math.sqrt(2)                               # the loss halfway between 20 and 40 steps, by a run of 20
-    assert code == 0 and cells["half"] == [f"{root:.2f}x (1.41 to 1.41)", f"{2 * root:.2f}x (2.83 to 2.83) |"]
+    assert cells["half"] == [f"{root:.2f}x (1.41 to 1.41)", f"{2 * root:.2f}x (2.83 to 2.83) |"]
     assert cells["far"] == ["beyond the ladder in 2 of 2 seeds", "beyond the ladder in 2 of 2 seeds |"]
     assert cells["base-20"] == ["1.00x (1.00 to 1.00)", "1.00x (1.00 to 1.00) |"]
-    assert "To equal loss: what the baseline base takes" in out
     Path(runs[0].config.out_dir, "alone").unlink()    # one of the baseline's: no seconds for either
-    assert "2.83x" not in command("sweep.py", "--report")[1]
-
-
-def test_a_sweep_without_a_baseline_has_no_such_columns(command):
-    write(baseline=None)
-    for run in t.read_runs("sweep.py"):
-        finish(run, 2.0)
-    assert "equal loss" not in command("sweep.py", "--report")[1]
+    assert "2.83x" not in run_train("sweep.py", "--report")[1]
 
 
 def test_a_run_is_alone_if_nothing_ran_beside_it_from_its_first_step_on(monkeypatch):
@@ -145,14 +122,13 @@ def test_a_run_is_alone_if_nothing_ran_beside_it_from_its_first_step_on(monkeypa
 
 # --- the verdict -----------------------------------------------------------------------------------------------------
 
-
 BASE = [[4.0, 4.2], [2.0, 2.1], [1.0, 1.1]]
 
 
-def test_a_better_idea_is_judged_by_its_paired_differences(command):
+def test_a_better_idea_is_judged_by_its_paired_differences(judge):
     write(seeds=[1, 2])
     climb({"router": "top_p"}, BASE, [[2.0, 2.1], [1.0, 1.1], [0.8, 0.89]])
-    code, out, _ = command("judge", "sweep.py", "--router=top_p", "--report")
+    code, out = judge("--router=top_p")
     found = judged()
     small, middle, last = found["rungs"]
     assert code == 0 and (found["idea"], found["baseline"]) == ("router=top_p", "base")
@@ -165,51 +141,43 @@ def test_a_better_idea_is_judged_by_its_paired_differences(command):
     assert "router=top_p    0.50           3.0    1.250  yes     none, torch alone" in out
 
 
-@pytest.mark.parametrize("last, says", [
-    ([1.2, 1.3], "is worse at this scale: +0.2000 ± 0.0000"),
-    ([1.1, 1.0], "is not resolved at this scale: -0.0000 ± 1.2710 nats a token after 40 steps, 2 seeds; over 1,000"),
-    ([1.1, 1.3], "is not resolved at this scale: +0.1500 ± 0.6355 nats a token after 40 steps, 2 seeds; 2 more seeds"),
+@pytest.mark.parametrize("flag, last, says", [
+    ("aux_coef=0", [1.2, 1.3], "is worse at this scale: +0.2000 ± 0.0000"),
+    ("aux_coef=0", [1.1, 1.0], "is not resolved at this scale: +0.0000 ± 1.2710 nats a token after 40 steps, 2 seeds; "
+                               "over 1,000"),
+    ("aux_coef=0", [1.1, 1.3], "is not resolved at this scale: +0.1500 ± 0.6355 nats a token after 40 steps, 2 seeds; "
+                               "2 more seeds"),
+    ("router=expert_choice", [0.5, 0.6], "2 seeds; but it is not causal, and its loss may come from looking ahead."),
+    ("top_k=1+n_expert=1", [1.0, 1.1], "top_k=1+n_expert=1  no experts"),
 ])
-def test_the_other_verdicts(command, last, says):
+def test_the_other_verdicts_and_an_idea_that_looks_ahead_or_has_no_experts(judge, flag, last, says):
     write(seeds=[1, 2])
-    climb({"aux_coef": 0}, BASE, [[4.0, 4.2], [2.0, 2.1], last])
-    assert says.replace("-0.0000", f"{sum(last) / 2 - 1.05:+.4f}") in command(
-        "judge", "sweep.py", "--aux_coef=0", "--report")[1]
+    given = dict(word.split("=") for word in flag.split("+"))
+    climb({name: int(value) if value.isdigit() else value for name, value in given.items()}, BASE, [*BASE[:2], last])
+    if "n_expert" in given:
+        for log in Path("out/sweep").glob("top_k*/log.jsonl"):
+            log.write_text('{"ce": 2.0}\n')
+    assert says in judge(*(f"--{word}" for word in flag.split("+")))[1].replace("-0.0000 ±", "+0.0000 ±")
 
 
-def test_an_idea_that_looks_ahead_is_told_so(command):
-    write(seeds=[1, 2])
-    climb({"router": "expert_choice"}, BASE, [[0.5, 0.6]] * 3)
-    out = command("judge", "sweep.py", "--router=expert_choice", "--report")[1]
-    assert "2 seeds; but it is not causal, and its loss may come from looking ahead." in out
-
-
-def test_seconds_of_runs_that_shared_the_machine_are_left_out(command):
+def test_seconds_of_runs_that_shared_the_machine_are_left_out(judge):
     write(seeds=[1, 2])
     climb({"aux_coef": 0}, BASE, BASE, alone=False)
-    out = command("judge", "sweep.py", "--aux_coef=0", "--report")[1]
-    assert "left out" in out and not any(one["seconds_to_equal_loss"] for one in judged()["rungs"])
+    assert "left out" in judge("--aux_coef=0")[1]
+    assert not any(one["seconds_to_equal_loss"] for one in judged()["rungs"])
 
 
-def test_a_seed_without_a_result_is_named_and_fewer_than_two_are_no_verdict(command):
+def test_a_seed_without_a_result_is_named_and_fewer_than_two_are_no_verdict(judge):
     write(seeds=[1, 2, 3])
     runs = t.read_judged("sweep.py", {"top_k": 1}, None, 1)
     for run in runs[:-1]:
-        finish(run, {"base": 2.0}.get(run.group, 2.1))
-    finish(runs[-1], math.nan)
-    code, out, _ = command("judge", "sweep.py", "--top_k=1", "--report")
+        leave(run, {"base": 2.0}.get(run.group, 2.1))
+    leave(runs[-1], math.nan)
+    code, out = judge("--top_k=1")
     assert code == 0 and "+0.1000 ± 0.0000 nats a token after 40 steps, 2 seeds (without top_k=1-40-s3 div" in out
     Path(runs[-2].config.out_dir, "result.json").unlink()
-    code, out, _ = command("judge", "sweep.py", "--top_k=1", "--report")
+    code, out = judge("--top_k=1")
     assert code == 1 and "top_k=1 is not judged: fewer than two seeds are done (without top_k=1-40-s2 inter" in out
-
-
-def test_an_idea_without_experts_is_judged_too(command):
-    write(seeds=[1, 2])
-    climb({"n_expert": 1, "top_k": 1}, BASE, BASE)
-    for log in Path("out/sweep").glob("top_k*/log.jsonl"):
-        log.write_text('{"ce": 2.0}\n')
-    assert "top_k=1+n_expert=1  no experts" in command("judge", "sweep.py", "--n_expert=1", "--top_k=1", "--report")[1]
 
 
 def test_the_idea_is_every_run_of_the_ladder_in_folders_of_its_own_and_overwrite_is_for_it_alone():
@@ -237,17 +205,16 @@ def test_the_idea_is_every_run_of_the_ladder_in_folders_of_its_own_and_overwrite
     ("a verdict needs two seeds", "judge sweep.py --router=hash --seeds=1", {}),
     ("needs a ladder, runs of three budgets (FLOPs) or more, and has 1", "judge sweep.py --max_steps=30", {}),
 ])
-def test_a_mistake_is_one_line_before_anything_is_run(command, says, arguments, file):
+def test_a_mistake_is_one_line_before_anything_is_run(run_train, says, arguments, file):
     write(**dict(seeds=[1, 2]) | file)
     if file.get("runs") == "":
         Path("sweep.py").write_text("n_layer = 2\n")          # one run, no sweep
-    code, _, err = command(*arguments.split())
+    code, _, err = run_train(*arguments.split())
     assert code == 2 and says in err and err.count("\n") == 1, err
     assert not Path("out").exists()
 
 
 # --- results/judge ---------------------------------------------------------------------------------------------------
-
 
 PAGE = (ROOT / "results/judge/README.md").read_text()
 POLICIES = ("hash", "top_p", "sigmoid", "expert_choice", "random")
@@ -328,14 +295,12 @@ def test_the_slicing_runs_are_judged_by_the_same_interval():
 
 
 @pytest.mark.slow
-def test_real_runs_are_judged_and_the_same_command_judges_them_again(command):
-    Path("corpus").mkdir()
-    for i in range(40):
-        Path(f"corpus/{i:02d}.txt").write_text(f"def f{i}(x, y): return x + {i} * y\n" * 40)
+def test_real_runs_are_judged_and_the_same_command_judges_them_again(run_train):
+    write_corpus(80)
     write(seeds=[1, 2])
-    code, out, err = command("judge", "sweep.py", "--router=random")
+    code, out, err = run_train("judge", "sweep.py", "--router=random")
     assert code == 0 and "12 runs, 0 of them have a result" in out and "router=random is " in out, err
     first = judged()
     assert all(one["seeds"] == [1, 2] for one in first["rungs"])
     assert first["routing"]["base"]["kernels"] == "Triton's on a GPU" and first["routing"]["router=random"]["entropy"]
-    assert "12 of them have a result" in command("judge", "sweep.py", "--router=random")[1] and judged() == first
+    assert "12 of them have a result" in run_train("judge", "sweep.py", "--router=random")[1] and judged() == first

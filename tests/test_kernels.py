@@ -10,26 +10,24 @@ import os
 import re
 import subprocess
 import tempfile
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import numpy as np
 import pytest
 import torch
+from conftest import no_wait_for_the_gpu, on_a_gpu
 
 import model
 import router
 
 triton = pytest.importorskip("triton", reason="triton is not installed: the definition does all the work")
 compiles = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 leaves nothing to compile")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 INTEGERS = ("experts", "counts", "offsets", "slot", "token", "demand")
 HARD = ("random", "one expert", "ties", "nan")
 
 
 # --- what both sides compute ----------------------------------------------------------------------------------------
-
 
 def make_logits(n, e, kind):
     """Logits (n, e): random, with one expert taking all (the others empty at K = 1), full of ties, or with bad rows."""
@@ -64,8 +62,7 @@ def routed(n, e, k, kind="random", renormalize=True, device="cpu", name="softmax
 
 def moved(n, k, d, dtype, device="cpu"):
     """Gather and combine with their gradients: name -> array. Values are small integers: exact in every dtype."""
-    plan = router.place(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)).topk(k).indices, 8)
-    slot = plan[3].to(device)
+    slot = router.place(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)).topk(k).indices, 8)[3].to(device)
 
     def number(*shape):
         return (torch.arange(math.prod(shape)) * 7 % 11 - 5).view(shape).to(device, getattr(torch, dtype))
@@ -79,11 +76,8 @@ def moved(n, k, d, dtype, device="cpu"):
 
 def activated(rows, width, dtype, device="cpu"):
     """SwiGLU with the combine weight folded in, and its gradients: name -> array."""
-
-    def number(*shape):
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, getattr(torch, dtype))
-
-    h, weight, da = number(rows, 2 * width), number(rows, 1), number(rows, width)
+    h, weight, da = (torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, getattr(torch, dtype))
+                     for shape in ((rows, 2 * width), (rows, 1), (rows, width)))
     out = (model.swiglu(h, weight), *model.swiglu_backward(h, da, weight))
     return [value.detach().float().cpu().numpy() for value in out]
 
@@ -200,19 +194,18 @@ def test_kernels_give_the_same_bits_every_time(interpreter):
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------
 
-
-@pytest.mark.gpu
-@needs_gpu
+@on_a_gpu
 @pytest.mark.parametrize("kind", HARD)
 @pytest.mark.parametrize(("n", "e", "k"), [(0, 16, 4), (1, 16, 4), (16384, 16, 4), (16384, 128, 8), (16001, 60, 8),
                                            (16384, 256, 8), (4099, 1000, 32), (4099, 64, 64)])
-def test_on_a_gpu_routing_equals_the_definition_on_the_cpu(n, e, k, kind):
+def test_on_a_gpu_routing_equals_the_definition_on_the_cpu_and_gives_the_same_bits_every_time(n, e, k, kind):
     for renormalize in (True, False):
-        same(routed(n, e, k, kind, renormalize, "cuda"), routed(n, e, k, kind, renormalize))
+        found, again = (routed(n, e, k, kind, renormalize, "cuda") for _ in range(2))
+        same(found, routed(n, e, k, kind, renormalize))
+        assert all(found[name].tobytes() == again[name].tobytes() for name in found)
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_a_gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-2), ("float16", 5e-3)])
 def test_on_a_gpu_swiglu_gather_and_combine_equal_the_definition_on_the_cpu(dtype, tolerance):
     near(activated(512, 768, dtype, "cuda"), activated(512, 768, dtype), tolerance)
@@ -220,15 +213,7 @@ def test_on_a_gpu_swiglu_gather_and_combine_equal_the_definition_on_the_cpu(dtyp
         same(moved(2048, 8, d, dtype, "cuda"), moved(2048, 8, d, dtype))
 
 
-@pytest.mark.gpu
-@needs_gpu
-def test_on_a_gpu_routing_gives_the_same_bits_every_time():
-    first, second = (routed(16384, 128, 8, "random", True, "cuda") for _ in range(2))
-    assert all(first[name].tobytes() == second[name].tobytes() for name in first)
-
-
-@pytest.mark.gpu
-@needs_gpu
+@on_a_gpu
 def test_on_a_gpu_nothing_waits_for_the_gpu():
     config = router.RouterConfig("softmax", 8)
     logits = torch.randn(4096, 128, device="cuda", requires_grad=True)
@@ -240,17 +225,11 @@ def test_on_a_gpu_nothing_waits_for_the_gpu():
         (y.sum() + plan.weights.sum() + plan.losses["balance"] + plan.losses["z"]).backward()
 
     step()                                                                           # compiles
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                                          # "a prototype feature"
-            torch.cuda.set_sync_debug_mode("error")
+    with no_wait_for_the_gpu():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # --- compiled ahead of time -----------------------------------------------------------------------------------------
-
 
 def source(kernel, dtypes, constants):
     """What triton.compile wants in place of tensors: a type for each argument, all in multiples of 16."""

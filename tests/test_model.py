@@ -29,21 +29,6 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(("shape", "printed"), [
-    ((16, 1024, 16, 4, 64, 8, 2, 2048), (1003, 399, 1159)),           # large-moe-1b
-    ((8, 2048, 32, 8, 128, 16, 8, 768), (1083, 781, 1394)),           # large-moe-1.3b
-    ((8, 2048, 32, 8, 128, 16, 2, 768), (1083, 555, 1394)),           # large-moe-1.3b-top2
-    ((16, 1536, 24, 6, 64, 12, 4, 1536), (1687, 781, 1920)),          # large-deep-1.5b
-    ((10, 2048, 32, 8, 64, 8, 2, 2048), (1423, 668, 1734)),           # large-wide-1.5b
-])
-def test_the_five_searched_architectures_come_out_at_their_printed_millions(shape, printed):
-    fields = "n_layer d_model n_head n_kv_head d_head n_expert top_k d_expert".split()
-    sizes = count(ModelConfig(**dict(zip(fields, shape)), vocab_size=151_936))
-    assert tuple(round(sizes[k] / 1e6) for k in ("total", "active", "total_untied")) == printed
-    assert sizes["active_untied"] - sizes["active"] == sizes["embedding"] == 151_936 * shape[1]
-
-
 @pytest.mark.parametrize("d_model, n_expert", [(512, 1), (1024, 32), (1408, 8)])
 def test_the_joint_laws_counting_rule_holds_up_to_norms_and_router(d_model, n_expert):
     """N_total = 2 d V + (4 + 9 E) n d^2 and N_act = 2 d V + 13 n d^2, with V = 50,257, n = d / 64, hidden width 3 d."""
@@ -58,6 +43,7 @@ def test_the_joint_laws_counting_rule_holds_up_to_norms_and_router(d_model, n_ex
 
 def test_every_axis_and_the_training_flops_are_counted_by_hand():
     plain = count(small())
+    assert plain["active_untied"] - plain["active"] == plain["embedding"] == 97 * 64
     grouped = count(small(expert_groups=[(2, 48), (6, 16)]))          # 192 hidden units where 8 x 32 = 256 were
     assert plain["total"] - grouped["total"] == 2 * 3 * 64 * (256 - 192)
     assert plain["active"] - grouped["active"] == 2 * 3 * 64 * (256 - 192) * 3 // 8
@@ -79,13 +65,9 @@ def test_the_allocated_model_has_the_counted_size_and_its_quarter_million_positi
 # --- against transformers -------------------------------------------------------------------------------------------
 
 SHAPES = [
-    dict(),
-    dict(tie_embeddings=False, renormalize=False),
-    dict(top_k=1),
-    dict(top_k=8, tie_embeddings=False),
-    dict(renormalize=False, top_k=2, n_kv_head=4, d_head=24, rope_base=1e4),
+    dict(), dict(tie_embeddings=False, renormalize=False), dict(top_k=1), dict(top_k=8, tie_embeddings=False),
+    dict(renormalize=False, top_k=2, n_kv_head=4, d_head=24, rope_base=1e4), dict(n_expert=1, top_k=1, d_expert=48),
     dict(n_layer=3, d_model=48, n_head=6, n_kv_head=1, d_head=8, n_expert=5, d_expert=20, tie_embeddings=False),
-    dict(n_expert=1, top_k=1, d_expert=48),
 ]
 
 
@@ -113,7 +95,7 @@ def test_logits_loss_and_every_gradient_match_transformers(pair):
     loss.backward()
     reference.backward()
     grads = m.to_hf_tensors(ours.config, {name: p.grad for name, p in ours.named_parameters()})
-    expected = m.split_fused({name: p.grad for name, p in theirs.named_parameters()})
+    expected = m.split_fused({name: p.grad for name, p in theirs.named_parameters()}, ours.config)
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
         rounding = 1e-7                                               # renormalised top-1: the gate's gradient is 0
@@ -150,12 +132,13 @@ def test_export_and_import_return_the_same_config_and_weights_from_a_folder_of_e
         assert replace(again.config, seq_len=24, aux_coef=0.01) == ours.config
 
 
-def saved(tmp_path, change=lambda tensors: None, **config):
+def saved(tmp_path, change=None, **config):
     """A written checkpoint whose tensors, and config.json, were changed."""
     safetensors = pytest.importorskip("safetensors.torch")
     to_hf(Model(small()).init_weights(0), tmp_path)
     tensors = safetensors.load_file(tmp_path / "model.safetensors")
-    change(tensors)
+    if change:
+        change(tensors)
     safetensors.save_file(tensors, tmp_path / "model.safetensors")
     text = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(text | config))
@@ -173,24 +156,17 @@ def test_a_checkpoint_with_fused_experts_reads_like_one_with_single_ones(tmp_pat
     assert same_weights(from_hf(saved(tmp_path, fuse)), Model(small()).init_weights(0))
 
 
-WRONG = {
-    "a tensor that is missing": (lambda t: t.pop("model.layers.1.mlp.experts.7.up_proj.weight"), {}, "7.up_proj"),
-    "a tensor too many": (lambda t: t.update(extra=torch.zeros(1)), {}, "extra"),
-    "a wrong shape": (lambda t: t.update({"model.norm.weight": torch.ones(63)}), {}, r"\(63,\)"),
-    "another architecture": (lambda t: None, {"model_type": "llama"}, "qwen3_moe"),
-    "biases in attention": (lambda t: None, {"attention_bias": True}, "attention_bias"),
-    "stretched positions": (lambda t: None, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "yarn"),
-    "positions turned in part": (lambda t: None, {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
-                                 "partial"),
-    "no rotary base": (lambda t: None, {"rope_parameters": None, "rope_theta": None}, "rope_theta missing"),
-    "no width": (lambda t: None, {"hidden_size": None}, "hidden_size missing"),
-    "dense layers between": (lambda t: None, {"decoder_sparse_step": 2}, "decoder_sparse_step"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_a_checkpoint_that_does_not_fit_is_one_clear_error(case, tmp_path):
-    change, config, message = WRONG[case]
+@pytest.mark.parametrize("change, config, message", [
+    (lambda t: t.pop("model.layers.1.mlp.experts.7.up_proj.weight"), {}, "7.up_proj"),
+    (lambda t: t.update(extra=torch.zeros(1)), {}, "extra"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(63)}), {}, r"\(63,\)"),
+    (None, {"model_type": "llama"}, "qwen3_moe"), (None, {"attention_bias": True}, "attention_bias"),
+    (None, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "yarn"),
+    (None, {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial"),
+    (None, {"rope_parameters": None, "rope_theta": None}, "rope_theta missing"),
+    (None, {"hidden_size": None}, "hidden_size missing"), (None, {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+])
+def test_a_checkpoint_that_does_not_fit_is_one_clear_error(change, config, message, tmp_path):
     with pytest.raises(BadInput, match=message):
         from_hf(saved(tmp_path, change, **config))
 
@@ -205,9 +181,13 @@ def test_what_transformers_cannot_hold_is_not_exported(changes, tmp_path):
 
 # --- the parts ------------------------------------------------------------------------------------------------------
 
-
 def by_double_loop(x: torch.Tensor, ffn: m.MoE) -> torch.Tensor:
     """The dumbest correct expert layer, of tokens (N, D): for each token, for each of its choices, then the shared."""
+
+    def swiglu(w_in, w_out):
+        gate, up = (w_in @ row).chunk(2)
+        return w_out @ (F.silu(gate) * up)
+
     config = ffn.config
     matrices = [pair for width in zip(ffn.w_in, ffn.w_out) for pair in zip(*width)]
     out = []
@@ -216,12 +196,9 @@ def by_double_loop(x: torch.Tensor, ffn: m.MoE) -> torch.Tensor:
         chosen = scores.argsort(descending=True)[:config.top_k]
         y = torch.zeros_like(row)
         for e in chosen.tolist():
-            w_in, w_out = matrices[e]
-            gate, up = (w_in @ row).chunk(2)
-            y = y + scores[e] / scores[chosen].sum() * (w_out @ (F.silu(gate) * up))
+            y = y + scores[e] / scores[chosen].sum() * swiglu(*matrices[e])
         if config.d_shared:
-            gate, up = (ffn.shared.w_in @ row).chunk(2)
-            shared = ffn.shared.w_out @ (F.silu(gate) * up)
+            shared = swiglu(ffn.shared.w_in, ffn.shared.w_out)
             y = y + (shared * torch.sigmoid(ffn.shared_gate @ row) if config.shared_gate else shared)
         out.append(y)
     return torch.stack(out)
@@ -305,11 +282,12 @@ def test_combine_weights_reach_swiglu_unrounded(monkeypatch):
     assert seen and set(seen) == {torch.float32}
 
 
-@pytest.mark.parametrize(("major", "n_expert", "served"), [(8, 16, False), (9, 16, True), (9, 1023, True),
-                                                           (9, 1024, False), (10, 16, False), (12, 16, False)])
-def test_grouped_products_serve_hopper_under_1024_experts(major, n_expert, served, monkeypatch):
+@pytest.mark.parametrize(("major", "n_expert", "dtype", "served"), [
+    (8, 16, "bfloat16", False), (9, 16, "bfloat16", True), (9, 1023, "bfloat16", True), (9, 1024, "bfloat16", False),
+    (10, 16, "bfloat16", False), (12, 16, "bfloat16", False), (9, 16, "float32", False)])
+def test_grouped_products_serve_bfloat16_on_hopper_under_1024_experts(major, n_expert, dtype, served, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
-    x = SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.bfloat16)
+    x = SimpleNamespace(is_cuda=True, device="cuda", dtype=getattr(torch, dtype))
     assert m.has_grouped_mm(x, torch.empty(n_expert, 64, 32, device="meta"), 100) == served
 
 
@@ -514,12 +492,9 @@ def place_in_reverse(experts, n_expert, place=router.place):
     return counts, offsets, len(experts) - 1 - token, slot.flip(0)
 
 
-def balance_times_k(probs, demand, balance_loss=router.balance_loss):
-    return 3 * balance_loss(probs, demand)
-
-
-@pytest.mark.parametrize(("name", "wrong", "message"), [("place", place_in_reverse, "ties in token order"),
-                                                        ("balance_loss", balance_times_k, "not close")])
+@pytest.mark.parametrize(("name", "wrong", "message"), [
+    ("place", place_in_reverse, "ties in token order"),
+    ("balance_loss", lambda *args, balance_loss=router.balance_loss: 3 * balance_loss(*args), "not close")])
 def test_a_fault_that_both_tables_share_is_noticed(name, wrong, message, monkeypatch):
     agree(m.FAST, m.PLAIN, small())
     monkeypatch.setattr(router, name, wrong)
@@ -527,32 +502,7 @@ def test_a_fault_that_both_tables_share_is_noticed(name, wrong, message, monkeyp
         agree(m.FAST, m.PLAIN, small())
 
 
-# --- what a config may say ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("changes, message", [
-    (dict(expert_groups=[(2, 8)], top_k=3), "top_k = 3"),
-    (dict(d_shared=-1), "d_shared"), (dict(shared_gate=True), "d_shared"), (dict(first_dense_layers=2), "n_layer - 1"),
-    (dict(n_expert=1, top_k=1, d_shared=8), "d_expert"), (dict(capacity_factor=0.0), "capacity_factor"),
-    (dict(router="switch"), "top_k = 1"), (dict(router="hash", bias_rate=0.1), "no bias"),
-    (dict(router="expert_choice", capacity_factor=1.0), "capacity of its own"),
-    (dict(d_model=10**9, n_expert=10**6, d_expert=10**9, top_k=1), "smaller"),
-    (dict(top_p=1.5), "top_p"), (dict(balance_scope="batch"), "balance_scope"), (dict(bias_rate=-1.0), "bias_rate"),
-])
-def test_impossible_axes_are_refused_in_one_line(changes, message):
-    with pytest.raises(BadInput, match=message):
-        m.validate(small(**changes))
-
-
-@pytest.mark.parametrize("pairs", [[], [(2, 0)], [(2, 8, 8)], [(2.5, 8)], 3])
-def test_groups_of_experts_that_are_none_are_refused_in_one_line(pairs):
-    with pytest.raises(BadInput, match="expert_groups"):
-        m.whole_groups(pairs)
-    assert m.whole_groups([[2, 8.0]]) == [(2, 8)]
-
-
 # --- the selection bias ---------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("skipped", [0.0, 1.0])
 def test_the_selection_bias_moves_by_the_load_of_all_micro_batches_of_a_step_that_was_not_skipped(skipped):
@@ -600,7 +550,6 @@ def test_the_activations_that_memory_counts_are_those_that_autograd_saves(name):
 
 # --- causality ------------------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_an_output_has_no_gradient_from_a_later_token_or_another_row_and_does_not_change_with_them(training):
     model, x = Model(small(tie_embeddings=False)).init_weights(0).train(training), tokens(2, 12)
@@ -617,7 +566,6 @@ def test_an_output_has_no_gradient_from_a_later_token_or_another_row_and_does_no
 
 
 # --- decoding -------------------------------------------------------------------------------------------------------
-
 
 def greedy(model: Model, prompts: torch.Tensor, n_token: int, step=m.next_logits) -> torch.Tensor:
     """The likeliest tokens (B, n_token) behind the prompts (B, T), by the cache."""
@@ -682,7 +630,6 @@ def test_positions_beyond_max_seq_len_and_tokens_beyond_the_vocabulary_are_refus
 
 
 # --- folders and names on the command line --------------------------------------------------------------------------
-
 
 def save_tokenizer(folder, text: str, pattern: str | None) -> object:
     """A byte-level BPE trained on the text, as transformers' folders hold it: GPT-2's split, or one written out."""

@@ -7,12 +7,9 @@ from multiprocessing import get_context
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import random_logits
 
 from router import POLICIES, Context, RouterConfig, route, update_bias
-
-
-def random_logits(n=64, e=7, seed=0):
-    return torch.randn(n, e, generator=torch.Generator().manual_seed(seed))
 
 
 def two_experts(*p):
@@ -147,7 +144,6 @@ def test_noise_changes_the_choice_in_training_only_and_weighs_nothing(name):
 
 # --- capacity -------------------------------------------------------------------------------------------------------
 
-
 def test_capacity_keeps_an_experts_first_tokens_and_gives_the_others_weight_0_and_no_gradient():
     logits = two_experts(0.9, 0.8, 0.7, 0.6).requires_grad_()     # all four want expert 0, which serves 4 * 1 / 2
     routing = route(logits, RouterConfig("switch", 1, capacity_factor=1.0), Context(training=True))
@@ -242,7 +238,6 @@ def test_two_processes_balance_over_the_load_of_both(tmp_path):
 
 
 # --- the selection bias ---------------------------------------------------------------------------------------------
-
 
 def test_the_bias_moves_one_step_against_the_load_and_stays_centred():
     bias = torch.zeros(4)

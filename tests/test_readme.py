@@ -3,10 +3,10 @@
 import inspect
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import model as m
 import router
@@ -14,7 +14,6 @@ import train
 from model import Model, ModelConfig, validate
 from router import FUSED, POLICIES, Context, RouterConfig, check, check_causal, route
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
@@ -54,7 +53,7 @@ def test_the_lines_of_the_journey_stand_in_the_files():
     for file, number, source in lines:
         line = (ROOT / f"{file}.py").read_text().splitlines()[int(number) - 1]
         assert line.strip().startswith(source.rstrip()), number
-    assert len(lines) > 10
+    assert len(lines) >= 8
 
 
 def test_the_message_it_shows_for_a_misspelt_name_is_the_real_one():

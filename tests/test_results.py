@@ -10,13 +10,13 @@ from statistics import fmean, median, stdev
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import bench
 import scaling
 import train
 from model import ModelConfig, count, memory
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 README = ROOT / "README.md"
 PAGES = [README, *sorted(RESULTS.glob("**/*.md"))]
@@ -89,7 +89,6 @@ def meaning(command: str) -> train.Config:
 
 # --- pages as pages -------------------------------------------------------------------------------------------------
 
-
 def anchors(page: Path) -> list[str]:
     heads = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     return [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
@@ -147,11 +146,9 @@ def by_seed(rows: list[dict], model: str, group: str) -> dict[str, float]:
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{claim[1]} - {claim[2]} {claim[3]}".strip())
 def test_each_difference_is_that_of_the_committed_runs_seed_by_seed(claim):
     folder, a, b, group, shown = claim
-    sources = [runs(str(path.parent)) for path in sorted(RESULTS.glob(f"{folder}/*/summary.csv"))]
     found = []
-    for rows in sources or [kept(folder)]:
-        one = by_seed(rows, a, group)
-        other = by_seed(rows, b, group)
+    for rows in [runs(path.parent) for path in sorted(RESULTS.glob(f"{folder}/*/summary.csv"))] or [kept(folder)]:
+        one, other = (by_seed(rows, model, group) for model in (a, b))
         if one and other:
             found.append([one[seed] - other[seed] for seed in one])
     assert len(found) == 1
@@ -165,7 +162,6 @@ def test_no_difference_with_an_error_escapes_the_check(folder, least):
 
 
 # --- the architecture search ----------------------------------------------------------------------------------------
-
 
 def test_the_sizes_of_the_five_architectures_are_what_count_counts():
     rows = table(SEARCH, "model", "layers")
@@ -273,7 +269,6 @@ def test_memory_and_cards_are_the_committed_estimates():
 
 # --- the axes, and where bytes go -----------------------------------------------------------------------------------
 
-
 def test_the_table_of_sweeps_counts_runs_seeds_and_tokens():
     everything = []
     for path, _, tokens, seeds, n, link in table(SLICING, "sweep", "varies"):
@@ -311,7 +306,6 @@ def test_the_favourite_expert_of_each_kind_of_byte_is_that_of_the_committed_numb
 
 # --- speed and memory -----------------------------------------------------------------------------------------------
 
-
 def benchmark(name: str) -> list[dict]:
     """The rows of a benchmark's tables, each table's in a dict by name."""
     found = []
@@ -344,17 +338,11 @@ def test_steps_and_decoding_are_the_committed_benchmarks():
     assert [row[0] for row in shown] == list(cells)
     for label, *claimed in shown:
         speed = {name: row["tokens_per_s"] for name, row in cells[label].items()}
-        ours = speed["ours"]
-        fast = speed["ours, compiled"]
-        name = best_peer(cells[label])
-        best = speed[name]
-        expected = [f"{ours:,.0f}", f"{fast:,.0f}", f"{best:,.0f} ({name.split()[1]})", "-",
-                    f"{ours / best:.2f}", f"{fast / best:.2f}", "-"]
-        if "transformers grouped_mm, compiled" in speed:
-            compiled = speed["transformers grouped_mm, compiled"]
-            expected[3] = f"{compiled:,.0f}"
-            expected[6] = f"{fast / compiled:.2f}"
-        assert claimed == expected, label
+        ours, fast, name = speed["ours"], speed["ours, compiled"], best_peer(cells[label])
+        compiled, best = speed.get("transformers grouped_mm, compiled"), speed[name]
+        assert claimed == [
+            f"{ours:,.0f}", f"{fast:,.0f}", f"{best:,.0f} ({name.split()[1]})", f"{compiled:,.0f}" if compiled else "-",
+            f"{ours / best:.2f}", f"{fast / best:.2f}", f"{fast / compiled:.2f}" if compiled else "-"], label
     for label, *claimed in table(SPEED, "share of the floor"):
         names = ("ours", "ours, compiled", best_peer(cells[label]))
         assert claimed == [f"{cells[label][name]['share_of_floor']:.0%}" for name in names], label
@@ -395,15 +383,10 @@ def shown_of(rows: list[dict]) -> dict[str, str]:
     """What the two runs of a row are shown as, by the columns' names."""
     config = meaning(rows[0]["command"])
     half = {key: fmean(row["last_half"][key] for row in rows) for key in rows[0]["last_half"]}
-    return {
-        "seed 1": f"{rows[0]['loss']:.3f}",
-        "seed 2": f"{rows[1]['loss']:.3f}",
-        "loss": f"{fmean(row['loss'] for row in rows):.3f}",
-        "load": f"{half['load_max_over_mean']:.1f}x",
+    return {f"seed {row['seed']}": f"{row['loss']:.3f}" for row in rows} | {
+        "loss": f"{fmean(row['loss'] for row in rows):.3f}", "load": f"{half['load_max_over_mean']:.1f}x",
         "dead": f"{half['dead_experts']:.1f} of {config.n_layer * config.n_expert}",
-        "router moved": f"{fmean(row['gate_moved'] for row in rows):.2f}",
-        "FLOPs": f"{rows[0]['flops']:.2e}",
-    }
+        "router moved": f"{fmean(row['gate_moved'] for row in rows):.2f}", "FLOPs": f"{rows[0]['flops']:.2e}"}
 
 
 @pytest.mark.parametrize("page", [README, RESULTS / "experiments/README.md"], ids=["README", "experiments"])
@@ -420,16 +403,13 @@ def test_each_row_of_the_experiments_is_that_of_the_kept_runs(page):
         assert {key: shown[key] for key in columns} == {key: expected[key] for key in columns}
 
 
-def test_the_lead_of_the_hash_is_that_of_the_kept_validations():
+def test_the_lead_of_the_hash_is_that_of_the_kept_validations_and_in_the_long_run_of_the_two_logs():
     rows = kept("experiments")
     one, other = ([row["validation"] for row in rows if row["model"] == name] for name in ("hash", "default"))
     for step in (100, 200):
         lead = fmean(a[step // 50][1] - b[step // 50][1] for a, b in zip(one, other))
         says(PAGE["experiments"], f"{signed(lead)} nats at step {step}")
-
-
-def test_the_lead_of_the_hash_in_the_long_run_is_that_of_the_two_logs():
-    (row,) = (row for row in kept("experiments") if row["steps"] == 600)
+    (row,) = (row for row in rows if row["steps"] == 600)
     log = [json.loads(line) for line in (RESULTS / "tiny/log.jsonl").read_text().splitlines()]
     tiny = {line["tokens"]: line["val_ce"] for line in log if "val_ce" in line}
     for step in (150, 600):

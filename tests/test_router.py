@@ -7,15 +7,12 @@ import sys
 
 import pytest
 import torch
+from conftest import random_logits
 
 import router
 from router import POLICIES, BadInput, Context, RouterConfig, balance_loss, check, combine, gather, place, route
 
 QUARTERS = torch.tensor([[1.0, 2.0, 4.0, 1.0]]).log()            # probabilities 1/8, 2/8, 4/8, 1/8
-
-
-def random_logits(n=64, e=7, seed=0):
-    return torch.randn(n, e, generator=torch.Generator().manual_seed(seed))
 
 
 def seeded(logits, config, context):
@@ -27,16 +24,11 @@ def seeded(logits, config, context):
 
 # --- losses and statistics by hand ----------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_balance_loss_is_one_at_perfect_balance_for_any_k(k):
+def test_balance_loss_is_one_at_perfect_balance_for_any_k_and_e_over_k_when_all_take_the_same(k):
     logits = 30 * torch.eye(4)                                   # every P_e is 1/4: each token wants another expert
     experts = (torch.arange(4)[:, None] + torch.arange(k)) % 4   # each expert gets k rows
     assert balance_loss(logits.softmax(-1), place(experts, 4)[0]).item() == pytest.approx(1)
-
-
-@pytest.mark.parametrize("k", [1, 2, 5])
-def test_balance_loss_is_experts_over_k_when_all_tokens_put_all_mass_on_the_same_k(k):
     logits = torch.full((6, 10), -1e4)
     logits[:, :k] = 0
     assert route(logits, RouterConfig("softmax", k)).losses["balance"].item() == pytest.approx(10 / k)
@@ -59,7 +51,6 @@ def test_statistics_of_a_batch_by_hand():
 
 
 # --- order and the contract -----------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(("e", "k"), [(1, 1), (7, 3), (60, 8), (60, 60)])
 def test_top_k_agrees_with_a_stable_sort_of_all_experts(e, k):
@@ -126,29 +117,18 @@ def test_a_row_with_nan_or_infinity_is_counted_and_becomes_an_undecided_one_with
     assert logits.grad.isfinite().all() and (logits.grad[[5, 9]] == 0).all()
 
 
-REFUSED = {
-    "between 1 and E": (dict(top_k=5), {}),
-    "top_k = 1": (dict(router="switch", top_k=2), {}),
-    "pass Context": (dict(router="hash"), {}),
-    "capacity of its own": (dict(router="expert_choice", capacity_factor=1.0), {}),
-    "whole number of sequences": (dict(balance_scope="sequence"), dict(seq_len=3)),
-}
-
-
-@pytest.mark.parametrize("message", REFUSED)
-def test_what_cannot_be_routed_is_refused_with_a_reason(message):
-    fields, context = REFUSED[message]
+@pytest.mark.parametrize(("message", "fields", "context", "dtype"), [
+    ("between 1 and E", dict(top_k=5), {}, torch.float32), ("float32", {}, {}, torch.bfloat16),
+    ("top_k = 1", dict(router="switch", top_k=2), {}, torch.float32),
+    ("pass Context", dict(router="hash"), {}, torch.float32),
+    ("capacity of its own", dict(router="expert_choice", capacity_factor=1.0), {}, torch.float32),
+    ("whole number of sequences", dict(balance_scope="sequence"), dict(seq_len=3), torch.float32)])
+def test_what_cannot_be_routed_is_refused_with_a_reason(message, fields, context, dtype):
     with pytest.raises(AssertionError, match=message):
-        route(QUARTERS, RouterConfig(**dict(top_k=1) | fields), Context(**context))
-
-
-def test_logits_that_are_not_float32_are_refused():
-    with pytest.raises(AssertionError, match="float32"):
-        route(QUARTERS.bfloat16(), RouterConfig("softmax", 1))
+        route(QUARTERS.to(dtype), RouterConfig(**dict(top_k=1) | fields), Context(**context))
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------
-
 
 def test_a_step_along_the_balance_gradient_evens_the_load():
     logits, config = (random_logits() + torch.linspace(1, -1, 7)).requires_grad_(), RouterConfig("softmax", 2)
@@ -193,7 +173,6 @@ def test_gathering_and_combining_equal_rows_multiplies_by_k(dtype, n):
 
 # --- causality ------------------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("name", [name for name, choose in POLICIES.items() if choose.causal])
 @pytest.mark.parametrize("fields", [{}, dict(router_noise=1.0), dict(balance_scope="sequence")])
 @pytest.mark.parametrize("training", [True, False])
@@ -223,7 +202,6 @@ def test_a_new_policy_that_looks_ahead_is_caught(monkeypatch):
 
 # --- the command line -----------------------------------------------------------------------------------------------
 
-
 def test_the_file_checks_and_compares_every_policy_and_runs_without_triton(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "triton", None)             # import triton now raises ImportError
     monkeypatch.setattr(sys, "argv", ["router.py"])
@@ -232,11 +210,13 @@ def test_the_file_checks_and_compares_every_policy_and_runs_without_triton(monke
     assert all(f"  {name} " in out for name in POLICIES)
 
 
-def test_list_names_every_policy_with_its_paper_on_a_line_of_its_own(capsys):
+def test_list_names_every_policy_with_its_paper_on_a_line_and_a_misspelt_one_gets_the_nearest_name(capsys):
     router.main(["--list"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(POLICIES) and max(map(len, lines)) <= 140
     assert all("(" in line for line in lines if not line.startswith("random"))
+    with pytest.raises(BadInput, match="did you mean softmax"):
+        router.main(["--policy", "softmaks"])
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -245,8 +225,3 @@ def test_policy_shows_the_load_of_one_router(name, capsys):
     out = capsys.readouterr().out
     load = router.try_policy(name).stats["load"]
     assert f"{load.max():.2%}" in out and out.count("#\n") == 17 and load.sum() <= 1.0001
-
-
-def test_a_misspelt_policy_gets_one_line_with_the_nearest_name():
-    with pytest.raises(BadInput, match="did you mean softmax"):
-        router.main(["--policy", "softmaks"])

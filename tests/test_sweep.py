@@ -4,10 +4,10 @@ The runs of a sweep are processes: real ones in the tests marked slow, elsewhere
 """
 
 import csv
+import io
 import json
 import math
 import os
-import random
 import re
 import signal
 import subprocess
@@ -20,43 +20,22 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import ROOT, SHARED, finish, write_config, write_corpus
 from matplotlib.figure import Figure
 
 import model as m
 import train as t
 
-ROOT = Path(t.__file__).parent
 SEARCH = ROOT / "configs" / "search"
-SHARED = dict(n_layer=2, d_model=32, n_head=2, n_kv_head=1, d_head=16, n_expert=4, top_k=2, d_expert=16, vocab_size=264,
-              seq_len=32, dataset="corpus", device="cpu", micro_batch=4, max_steps=20, eval_interval=1000,
-              eval_tokens=256, log_interval=1, checkpoint_interval=1000)
+FIELDS = SHARED | dict(eval_interval=1000, log_interval=1, checkpoint_interval=1000)
 SAVE = Figure.savefig
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """An empty folder; signal handlers come back afterwards. Most figures are not saved: that takes longest."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def corpus(folder):
-    Path("corpus").mkdir()
-    draw, words = random.Random(0), "def return self x y = ( ) : + 1 2".split()
-    for i in range(40):
-        Path(f"corpus/{i:02d}.txt").write_text(" ".join(draw.choices(words, k=60)))
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture
 def command(run_train):
     """Run `python train.py sweep.py *arguments` in this process: (exit code, standard output, standard error)."""
-    return lambda *arguments, config="sweep.py": run_train(str(config), *arguments)
+    return lambda *arguments, config="sweep.py": run_train(config, *arguments)
 
 
 @pytest.fixture
@@ -73,7 +52,7 @@ def endings(monkeypatch):
             config = t.Config(**json.loads(command[-1]))
             name = Path(config.out_dir).name
             endings.started.append((name, config, env))
-            self.returncode = endings.get(name, 0)
+            self.stdin, self.returncode = io.BytesIO(), endings.get(name, 0)
             if not self.returncode:
                 finish(config, 2.0)
 
@@ -87,17 +66,7 @@ def endings(monkeypatch):
 
 
 def write(*runs: dict, **shared) -> None:
-    lines = [f"{name} = {value!r}\n" for name, value in (SHARED | shared).items()]
-    Path("sweep.py").write_text("".join([*lines, f"runs = {list(runs)!r}\n"]))
-
-
-def finish(config: t.Config, loss: float) -> None:
-    """What a finished run leaves, without training it."""
-    out = Path(config.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(config)))
-    (out / "result.json").write_text(json.dumps({"loss": loss, "bits_per_byte": loss / math.log(2), "seconds": 2.0,
-                                                 "tokens_per_s": 1280.0, "peak_memory": 2**29}))
+    write_config("sweep.py", **FIELDS | shared, runs=list(runs))
 
 
 def summary() -> dict[str, dict]:
@@ -111,9 +80,9 @@ def statuses() -> dict[str, str]:
 
 # --- how runs end ---------------------------------------------------------------------------------------------------
 
-
 @pytest.mark.slow
-def test_a_sweep_goes_on_after_a_run_too_big_one_that_diverges_and_one_that_is_killed(command, monkeypatch, corpus):
+def test_a_sweep_goes_on_after_a_run_too_big_one_that_diverges_and_one_that_is_killed(command, monkeypatch):
+    write_corpus(40)
     write(dict(name="fine"), dict(name="too-big", n_expert=2**16, d_model=4096, d_expert=4096),
           dict(name="diverges", learning_rate=1e30), dict(name="killed", seed=2))
     popen = subprocess.Popen
@@ -141,7 +110,8 @@ def test_a_sweep_goes_on_after_a_run_too_big_one_that_diverges_and_one_that_is_k
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_saves_its_run_and_the_same_command_continues_it(command, monkeypatch, corpus):
+def test_an_interrupted_sweep_saves_its_run_and_the_same_command_continues_it(command, monkeypatch):
+    write_corpus(40)
     write(dict(name="long", max_steps=300), dict(name="next"))
     log = Path("out/sweep/long/train.log")
 
@@ -168,6 +138,7 @@ def test_an_interrupted_sweep_saves_its_run_and_the_same_command_continues_it(co
 def test_every_way_to_run_out_of_memory_is_one_exit_code_and_no_other_error_is(monkeypatch, capsys, error, code):
     """An empty tensor of 2**52 numbers: the CPU allocator's own words."""
     monkeypatch.setattr(t, "run", lambda config: Mock(side_effect=error)() if isinstance(error, Exception) else error())
+    monkeypatch.setattr(t, "end_with_parent", lambda: None)
     monkeypatch.setattr(sys, "argv", ["train.py", "--run", json.dumps(asdict(t.Config(device="cpu")))])
     with pytest.raises(RuntimeError if code is None else SystemExit) as leave:
         m.run_script(t.main)
@@ -232,7 +203,6 @@ def test_each_of_several_runs_gets_its_gpu_or_its_share_of_the_threads(command, 
 
 # --- what a sweep file says -----------------------------------------------------------------------------------------
 
-
 ONE = "[dict(name='a')]"
 
 
@@ -259,6 +229,13 @@ ONE = "[dict(name='a')]"
     ("along = 'capacity_factor' must be", ONE + "\nalong = 'capacity_factor'", ""),
     ("holds no run of sweep.py yet", ONE, "--report"), ("one run", None, "--report"), ("one run", None, "--only=a"),
     ("one run", None, "--parallel=2"), ("one run", None, "--seeds=1,2"),
+    *((says, f"[dict(name='a', branches={ends})]\n{more}", "") for says, ends, more in (
+        ("run a: branches = [2, 1] must be rising", [2, 1], ""), ("run a: branches = 5 must be rising", 5, ""),
+        ("run a: branches need a constant rate", [9], ""),
+        ("run a: another max_tokens", [9999], "schedule = 'constant'"),
+        ("run a-999: branches share their warmup", [999], "schedule = 'constant'\nwarmup = 0.1"),
+        ("over before a decay begins; not 998", [999], "schedule = 'constant'\nwarmup = 998"))),
+    ("run a: branch is no config field, did you mean branches?", ONE + "\nbranch = 3", ""),
 ])
 def test_a_mistake_in_a_sweep_is_one_line_before_anything_is_run(command, says, runs, arguments):
     write()
@@ -291,7 +268,6 @@ def test_seeds_repeat_each_run_and_only_starts_one_or_all_of_them(command, endin
 
 
 # --- the summary ----------------------------------------------------------------------------------------------------
-
 
 def test_the_summary_ranks_by_validation_loss_with_mean_and_spread_over_seeds(command):
     write(dict(name="worse", group="g", top_k=1), dict(name="better", group="g"),
@@ -359,7 +335,6 @@ def test_runs_are_drawn_against_the_field_that_the_file_goes_along_or_in_rows(fi
 
 # --- the architecture search ----------------------------------------------------------------------------------------
 
-
 def plans(command, path: str) -> dict[str, tuple[str, str, int]]:
     """name -> (total, active in millions, tokens), from what --dry_run prints."""
     code, out, _ = command("--dry_run", config=SEARCH / path)
@@ -392,3 +367,106 @@ def test_the_small_search_has_the_runs_of_the_large_one_and_keeps_its_ratios(nam
                                                                  2 * b.n_layer)
         assert (a.n_expert, a.top_k, a.n_head // a.n_kv_head) == (b.n_expert, b.top_k, b.n_head // b.n_kv_head)
         assert a.n_head * a.d_head * b.d_model == b.n_head * b.d_head * a.d_model and a.micro_batch == b.micro_batch
+
+
+# --- branches -------------------------------------------------------------------------------------------------------
+
+
+BRANCHES = dict(max_steps=1000, schedule="constant", decay=0.5, warmup=256, batch_tokens=[[0, 128], [512, 256]],
+                router="switch", top_k=1, capacity_factor=1.0, max_seq_len=32)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The runs of a sweep train in this process, one behind the other; `in_process` lists their names."""
+
+    class Process:
+        def __init__(self, command, stdout, **_):
+            config = t.Config(**json.loads(command[-1]))
+            started.append(Path(config.out_dir).name)
+            print(f"{started[-1]}: ", end="")
+            self.returncode = t.train_alone(config)
+
+        def poll(self):
+            return self.returncode
+
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    return started
+
+
+def kept_run(name: str, out: str = "out/sweep") -> tuple[dict, list]:
+    """The checkpoint of a run, and the loss and rate of each step in its log."""
+    lines = map(json.loads, Path(f"{out}/{name}/log.jsonl").read_text().splitlines())
+    return (torch.load(f"{out}/{name}/ckpt.pt", weights_only=True),
+            [(line["step"], line["ce"], line["lr"]) for line in lines if "lr" in line])
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"]) and all(
+        torch.equal(a["optimizer"]["state"][i][name], b["optimizer"]["state"][i][name])
+        for i in a["optimizer"]["state"] for name in ("exp_avg", "exp_avg_sq"))
+
+
+def test_branches_equal_separate_runs_to_the_last_bit_and_pay_their_trunk_once(command, corpus, in_process):
+    """1024 tokens: trunk of 4 steps of 128; 2048: its decay begins in the ramp's second stage; killed in its decay."""
+    write(dict(name="a", branches=[1024, 2048]), **BRANCHES)
+    step = t.Run.step
+
+    def die(self, n, *rest):
+        step(self, n, *rest)
+        if self.out.name == "a-2048" and n == 8:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t.Run, "step", die)
+        assert command("--checkpoint_interval=1")[0] == 130
+    _, out, _ = command("--checkpoint_interval=1")
+    assert in_process == ["a-1024", "a-2048", "a-2048"] and "continuing at step 9 of 10" in out
+    write(dict(name="b-1024", max_tokens=1024), dict(name="b-2048", max_tokens=2048), **BRANCHES)
+    command("--out_dir=out/alone")
+    for end in (1024, 2048):
+        (branch, log), (alone, alone_log) = kept_run(f"a-{end}"), kept_run(f"b-{end}", "out/alone")
+        assert same(branch, alone) and log == alone_log
+        result = [json.loads(Path(f"{name}-{end}/result.json").read_text()) for name in ("out/sweep/a", "out/alone/b")]
+        assert result[0]["loss"] == result[1]["loss"] and result[0]["tokens"] == end
+    trunk = torch.load("out/sweep/a-1024/trunk.pt", weights_only=True)
+    assert trunk["step"] == next(n for n, _, rate in kept_run("a-1024")[1] if n > 1 and rate < 1e-3)
+    assert not same(trunk, kept_run("a-1024")[0])
+
+
+def test_a_branch_waits_for_the_shorter_one_and_takes_no_trunk_of_another_config(command, corpus, in_process):
+    write(dict(name="a", branches=[512, 1024]), dict(name="b", branches=[512]), **BRANCHES)
+    _, out, _ = command("--parallel=2")
+    assert in_process == ["a-512", "b-512", "a-1024"] and out.count("continuing at step") == 1
+    row = json.loads(command("--dry_run", "--json")[1])[1]
+    assert row["tokens"] == 1024 and row["flops_paid"] == row["flops"] * 640 // 1024
+    write(dict(name="a", branches=[512, 1024, 2048]), learning_rate=2e-3, **BRANCHES)
+    _, out, _ = command("--only=a-2048")
+    assert in_process[3:] == ["a-2048"] and "continuing" not in out
+
+
+def test_the_papers_own_runs_are_listed_with_its_sizes_tokens_and_rates(command, monkeypatch):
+    """Sizes as the paper counts them: without norms and routers. Tokens: to the end of a step."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("LADDER", "all")
+    with open("results/law/runs.csv") as file:
+        wanted = sorted(tuple(int(row[key]) for key in ("n_expert", "n_active", "n_total", "tokens"))
+                        for row in csv.DictReader(file))
+    runs, found, sizes = t.read_runs("configs/joint_law/paper.py"), [], {}
+    for run in runs:
+        c = run.config
+        if run.shorter is None:
+            sizes = m.count(c)
+            outside = c.n_layer * c.d_model * (2 + c.n_expert * (c.n_expert > 1)) + c.d_model
+        end = int(run.name.rpartition("-")[2])
+        assert 0 <= t.position(c, t.total_steps(c))[0] - end < 262_144
+        found.append((c.n_expert, sizes["active_untied"] - outside, sizes["total_untied"] - outside, end))
+    assert sorted(found) == wanted and len(wanted) == 270
+    assert sum(run.shorter is None for run in runs) == 51, "models, each with one trunk"
+    norms, router = 48 * (2 * 3 + 1), 3 * 48 * 4                            # they are in both of eq. 7's N here
+    body, tables = 13 * 3 * 48**2 + norms + router, 2 * 264 * 48
+    for reading, rate in zip(t.PEAK_RATES, m.peak_rates(body, body + tables, 4)):
+        (found,) = {run.learning_rate for run in t.load_runs("configs/joint_law/small.py", {"learning_rate": reading})
+                    if (run.n_expert, run.d_model) == (4, 48)}
+        assert found == rate

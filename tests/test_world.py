@@ -1,0 +1,48 @@
+"""What `--dry_run --world` says about several processes, and results/distributed.md."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "results/distributed.md").read_text()
+MODES = {"ddp": {}, "fsdp": {"data_parallel": "fsdp"}, "experts / 8": {"expert_parallel": 8}}
+
+
+def test_the_page_s_table_is_what_dry_run_says(run_train):
+    rows = re.findall(r"^\| ([56])\.[06]B \| (\d+) \| (\d+) \| ([^|]+) \| (.*) \|$", PAGE, re.M)
+    assert len(rows) == 18
+    said = {}
+    for size, world, micro, mode, numbers in rows:
+        name = {"5": "moe_5p0b", "6": "moe_6p6b"}[size]
+        if (name, world) not in said:
+            code, out, _ = run_train(str(ROOT / f"configs/{name}.py"), "--dry_run", f"--world={world}", "--json",
+                                     "--dtype=bfloat16", f"--micro_batch={micro}")
+            assert code == 0
+            said[name, world] = json.loads(out)
+        one = said[name, world][mode]
+        assert numbers == (f"{one['held']['total'] / 2**30:.1f} | {sum(one['sent'].values()) / 2**30:.1f} | "
+                           f"{one['seconds']['computing']:.3f} | {one['seconds']['sending']:.3f}")
+
+
+def test_a_batch_that_does_not_divide_is_refused(run_train):
+    code, _, err = run_train(str(ROOT / "configs/moe_5p0b.py"), "--dry_run", "--world=1024")
+    assert code == 2 and err.startswith("error: ") and "1024" in err and err.count("\n") == 1
+
+
+def test_bytes_by_hand():
+    """Four experts of 3 * 8 * 16 weights a layer in two layers, halved; float32 rows of K = 2 copies."""
+    c = train.make_config(dict(n_layer=2, d_model=8, n_head=2, n_kv_head=2, d_head=4, n_expert=4, d_expert=16, top_k=2,
+                               seq_len=32, micro_batch=2, batch_tokens=256, dtype="float32", device="cpu"), "out/x", {})
+    whole, split = train.count(c)["total"], 2 * 4 * 3 * 8 * 16
+    held, sent = train.on_one_rank(train.replace(c, expert_parallel=2), 2)
+    assert held["weights"] == 4 * (whole - split / 2) and held["total"] == sum(held.values()) - held["total"]
+    assert sent["all-reduce"] == pytest.approx(2 * 4 * (whole - split) / 2)         # 2 (W - 1) / W; one replica: 0
+    assert sent["all-to-all"] == 2 * 4 * (2 * 32 * 2 * 8 * 4 * 2) / 2                # micro-batches, ways, rows, 1 of 2
+    held, sent = train.on_one_rank(train.replace(c, data_parallel="fsdp"), 4)
+    assert held["optimizer"] == 8 * whole / 4 and sent["reduce-scatter"] == 4 * whole * 3 / 4
+    assert sent["all-gather"] == 2 * sent["reduce-scatter"] and sent["all-reduce"] == 0
