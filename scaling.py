@@ -984,8 +984,8 @@ def run_plan(args) -> dict:
   tokens         {D:,.0f} in {result["steps"]:,} steps of {" then ".join(f"{batch:,}" for _, batch in ramp)}
   micro-batch    {micro} sequences of {config.seq_len} on each of {args.gpus} x {args.gpu}
   peak rate      {rate:.4g}; eq. 7 says {by_text:.4g} by the text, {by_code:.4g} by the authors' code
-  memory         {train["total"] / 1e9:.3g} GB to train, {best["deployed_bytes"] / 1e9:.3g} to serve, of {limit / 1e9:.3g}
-  time           {days:.3g} days at {args.mfu:.0%} of the peak, on several GPUs if you split its batches
+  memory, GB     {train["total"] / 1e9:.3g} to train, {best["deployed_bytes"] / 1e9:.3g} to serve, of {limit / 1e9:.3g}
+  time           {days:.3g} days at {args.mfu:.0%} of the peak; torchrun --nproc_per_node=N runs it on N GPUs
   beyond runs    N {beyond[0]:.3g} and D {beyond[1]:.3g} times those of this E (nan: none), FLOPs {beyond[2]:.3g} times
 No interval knows of a law that bends beyond its runs.""")
     if args.write:

@@ -201,7 +201,8 @@ def test_a_run_whose_last_evaluation_is_not_finite_is_not_done(command, monkeypa
     for _ in range(2):
         done = command("--eval_interval=99", "--max_steps=2", "--overwrite")
         one_line(done, "the validation loss is not finite, stopping at step 0; no checkpoint", t.DIVERGED)
-    monkeypatch.setattr(t, "evaluate", lambda *_, losses=iter([5.0, math.nan, math.nan]): (next(losses), 2.0))
+    losses = iter([5.0, math.nan, math.nan])
+    monkeypatch.setattr(t, "evaluate", lambda *_: (next(losses), 2.0))
     one_line(command("--eval_interval=99", "--max_steps=2"), "stopping at step 2; the last finite", t.DIVERGED)
     one_line(command("--eval_interval=99", "--max_steps=2"), "stopping at step 2; the last finite", t.DIVERGED)
     assert_no_nan_was_kept()
