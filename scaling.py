@@ -405,6 +405,7 @@ import re
 import shlex
 import sys
 from bisect import bisect_right
+from contextlib import suppress
 from pathlib import Path
 
 # --- 3a. runs in, tables out ---------------------------------------------------------------------
@@ -1152,7 +1153,8 @@ def run_script() -> None:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except (KeyboardInterrupt, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or the exit would meet it again
+        with suppress(OSError):                                              # or the exit would meet it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
