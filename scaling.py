@@ -167,14 +167,12 @@ FORMS = {                            # name: the coefficients it pins; the other
 }
 
 
-class Runs(NamedTuple):
-    """R training runs, each field (R,); of weight 0 are those held out."""
-
+class Runs(NamedTuple):              # training runs, each field (R,)
     N: Array
     D: Array
     E: Array
     L: Array
-    weight: Array
+    weight: Array                    # 0: held out
 
     def take(self, mask: Array) -> "Runs":
         return Runs(*(field[mask] for field in self))
@@ -419,8 +417,8 @@ SAME_BUDGET = 0.1                    # FLOPs within 10% of each other are one co
 RUN_LIST = Path(__file__).parent / "results" / "law" / "runs.csv"
 
 
-class BadInput(argparse.ArgumentTypeError):
-    """The user can mend this: one line on stderr, exit code 2, nothing written."""
+class BadInput(argparse.ArgumentTypeError):      # the user can mend it: one line on stderr, exit code 2
+    pass
 
 
 def require(ok: bool, message: str) -> None:
@@ -454,16 +452,15 @@ def column(rows: list[dict], name: str) -> Array:
         require(text is not None, f"{row['source']} has no {name}: a run needs {', '.join(COLUMNS)}")
         try:
             values.append(float(text))
-        except (TypeError, ValueError):
-            values.append(math.nan)
-        require(0 < values[-1] < math.inf, f"{row['source']}: {name} = {text!r} is not a positive, finite number")
+            require(0 < values[-1] < math.inf, "")
+        except (TypeError, ValueError, BadInput):
+            raise BadInput(f"{row['source']}: {name} = {text!r} is not a positive, finite number") from None
     return np.array(values)
 
 
-def runs_of(rows: list[dict], weights: str | None = None) -> Runs:
-    """Runs of rows that have COLUMNS; `weights` names a column, without it all weigh 1."""
-    weight = column(rows, weights) if weights else np.ones(len(rows))
-    runs = Runs(*(column(rows, name) for name in COLUMNS), weight / weight.mean())
+def runs_of(rows: list[dict]) -> Runs:
+    """Runs of rows that have COLUMNS; all weigh 1."""
+    runs = Runs(*(column(rows, name) for name in COLUMNS), np.ones(len(rows)))
     for row, E, L in zip(rows, runs.E, runs.L):
         require(E % 1 == 0, f"{row['source']}: n_expert = {E:g} must be a whole number, 1 for a dense model")
         require(L < 1000, f"{row['source']}: loss = {L:g} is no loss in nats per token")
@@ -493,13 +490,6 @@ def paper_runs() -> Runs:
     """The paper's 270 runs (Appendix H), with the loss that its law gives them, free of noise."""
     runs = runs_of([row | {"loss": 1} for row in read_table(RUN_LIST)])
     return runs._replace(L=Law().loss(*runs[:3]))
-
-
-def paper_replicas(count: int = 300) -> Array:
-    """The paper's law refitted to its runs plus its own RMSE as noise, (count, 11): what they can know."""
-    runs = paper_runs()
-    noise = np.random.default_rng(0).normal(0, NOISE, (count, len(runs.L)))
-    return refit(fit(runs, delta=0.01), 1.0, np.log(runs.L + noise))
 
 
 def records(**columns: Array) -> list[dict]:
@@ -667,7 +657,7 @@ def lack_of_fit(runs: Runs, error: Array, noise: float | None) -> str:
     if times < 1.5:
         return said + "the form fits"
     lean = {"": 0.0}                                   # the share of the errors that a parabola along an axis explains
-    for name, values in (("N", runs.N), ("D", runs.D), ("D / N", runs.D / runs.N), ("E", runs.E)):
+    for name, values in {"N": runs.N, "D": runs.D, "D / N": runs.D / runs.N, "E": runs.E}.items():
         x = np.log(values / values.mean())
         if len(set(grouped(values, 0.02))) > 2:        # rounded, as with one D the axes N and D / N are one: N
             lean[name] = round(1 - rmse(error - np.polyval(np.polyfit(x, error, 2), x))**2 / rmse(error)**2, 6)
@@ -675,9 +665,8 @@ def lack_of_fit(runs: Runs, error: Array, noise: float | None) -> str:
     if lean[axis] * (len(error) - 3) < 16 * (1 - lean[axis]):          # F(3, n - 3) below its 0.1% point
         return said + "lack of fit along no axis: look for a setting that differs between the runs"
     mend = {"D / N": "fit only runs near (or nearer) their budget's best, --near 0.06",
-            "E": "try another --form, or fewer numbers of experts"}
-    return (f"{said}lack of fit along {axis}, a parabola explains {lean[axis]:.0%}; "
-            + mend.get(axis, f"leave out the runs of smallest {axis}"))
+            "E": "try another --form, or fewer numbers of experts"}.get(axis, f"leave out the runs of smallest {axis}")
+    return f"{said}lack of fit along {axis}, a parabola explains {lean[axis]:.0%}; {mend}"
 
 
 def compare_forms(runs: Runs, pinned: dict, delta: float, unseen_rmse: Callable) -> list[dict]:
@@ -700,19 +689,20 @@ def compare_forms(runs: Runs, pinned: dict, delta: float, unseen_rmse: Callable)
     return [row | {"aic": row["aic"] - best} for row in rows]
 
 
-def per_expert(parts: list[tuple], runs: Runs) -> dict:
-    """{E: {m, mu, n, nu, c: (value, 90% interval)}}: known, whatever single coefficients do."""
-    known = {}
+def per_expert(parts: list[tuple], runs: Runs) -> tuple[dict, dict]:
+    """{E: {m, mu, n, nu, c: value}}, known whatever single coefficients do, and the same of 90% intervals."""
+    values, intervals = {}, {}
     for mask, fitted in parts:
         for E in np.unique(runs.E[mask]):
-            pairs = zip(TERMS, fitted.law.terms(E), many(fitted.replicas).terms(E))
-            known[f"{E:g}"] = {name: (value, band(some[:, 0], value)) for name, value, some in pairs}
-    return known
+            row = values[f"{E:g}"] = dict(zip(TERMS, fitted.law.terms(E)))
+            some = zip(row.items(), many(fitted.replicas).terms(E))
+            intervals[f"{E:g}"] = {name: band(replicas[:, 0], value) for (name, value), replicas in some}
+    return values, intervals
 
 
 def fit_input(args) -> tuple[Runs, list[dict], dict]:
     """The runs that `fit` is asked to use, their rows, and the pinned coefficients."""
-    pinned = dict(args.pin)
+    pinned = dict(args.pin or [])
     if pinned.get("b") == 0:                           # then nothing tells the exponents of its term
         pinned = NO_TOKENS | pinned
     start, top = pinned.get("e_start", 50), pinned.get("e_max", math.inf)       # 50: the search's bound
@@ -720,9 +710,9 @@ def fit_input(args) -> tuple[Runs, list[dict], dict]:
             "e_start must lie from 0.05 to 50 and 6% below e_max; e_max from 2, from 53 when e_start is free")
     both = pinned.keys() & FORMS[args.form]
     require(not both, f"--form {args.form} sets {', '.join(both)} itself")
-    rows = [row for source in args.sources for row in read_table(Path(source))]
-    require(rows, f"{' '.join(args.sources)}: no runs in it")
-    runs = runs_of(rows, args.weights)
+    rows = [row for source in args.sources for row in read_table(source)]
+    require(rows, f"{args.sources[0]}: no runs in it")
+    runs = runs_of(rows)
     require(pinned.get("c", 0) < runs.L.min(), f"--pin c={pinned.get('c')} is not below the least loss, {runs.L.min()}")
     if args.near:
         keep = near_best(runs, args.near)
@@ -747,13 +737,11 @@ def run_fit(args) -> dict:
         for said in fitted.at_bound():
             print(f"warning: {said} lies at the bound of the search: take it for a limit, not for a value")
 
-    @cache
-    def rolled(form):
-        return roll(runs, form, pinned, args.huber)
+    rolled = cache(lambda form: roll(runs, form, pinned, args.huber))
 
     def unseen_rmse(parts, form):
         return rmse(rolled(form)[1]) if args.holdout == "rolling" else held_out_rmse(parts, runs, args.holdout)
-    known = per_expert(parts, runs)
+    values, intervals = per_expert(parts, runs)
     predicted = predict(parts, runs)
     used = runs.weight > 0
     deviations = np.log(runs.L / predicted)
@@ -766,21 +754,19 @@ def run_fit(args) -> dict:
     first = parts[0][1]
     result = {
         "form": args.form,
-        "per_expert": {E: {name: row[name][0] for name in TERMS[:4]} for E, row in known.items()},
-        "c": first.law.c if len(parts) == 1 else {E: row["c"][0] for E, row in known.items()},
+        "per_expert": {E: {name: row[name] for name in TERMS[:4]} for E, row in values.items()},
+        "c": first.law.c if len(parts) == 1 else {E: row["c"] for E, row in values.items()},
         "rmse_train": rmse((predicted - runs.L)[used]), "rmse_holdout": unseen_rmse(parts, args.form), "runs": table,
-        "intervals": {E: {name: row[name][1] for name in TERMS} for E, row in known.items()},
-        "starts_agree": np.mean([fitted.agree for _, fitted in parts]),
+        "intervals": intervals, "starts_agree": np.mean([fitted.agree for _, fitted in parts]),
         "lack_of_fit": lack_of_fit(runs.take(near), (runs.L - predicted)[near], args.noise),
         "forms": compare_forms(runs, pinned, first.delta, unseen_rmse)}
     print(f"form {args.form}: {result['starts_agree']:.0%} of {sum(fitted.starts for _, fitted in parts)} starts reach "
           f"the optimum; Huber width {first.delta:.4g}\nRMSE train {result['rmse_train']:.5f}, held-out "
           f"{result['rmse_holdout']:.5f} nats ({args.holdout})\n{result['lack_of_fit']}\n")
     show(f"The law at each E, with 90% intervals from {args.bootstrap} bootstrap refits",
-         [{"E": E} | {name: f"{value:.4g} [{low:.4g}, {high:.4g}]" for name, (value, (low, high)) in row.items()}
-          for E, row in known.items()])
+         side_by_side(values, intervals, "{:.4g} [{[0]:.4g}, {[1]:.4g}]"))
     if far.any():
-        result["without_outliers"] = show_outliers(table, far, runs, known, pinned, args)
+        result["without_outliers"] = without(far, values, table, runs, pinned, args)
     if args.holdout == "rolling":
         result["rolling"], _ = rolled(args.form)
         show("Each compute budget predicted from those below it, nats", result["rolling"])
@@ -797,8 +783,14 @@ def run_fit(args) -> dict:
     return result
 
 
-def show_outliers(table: list[dict], far: Array, runs: Runs, known: dict, pinned: dict, args) -> dict | None:
-    """The runs `far` (R,) off, and the law at each E without them beside the one with them, `known`."""
+def side_by_side(values: dict, others: dict, form: str) -> list[dict]:
+    """A row for each E of what `form` makes of two tables {E: {m, mu, n, nu, c: ...}}."""
+    return [{"E": E} | {name: form.format(value, others[E][name], others[E][name]) for name, value in row.items()}
+            for E, row in values.items()]
+
+
+def without(far: Array, values: dict, table: list[dict], runs: Runs, pinned: dict, args) -> dict | None:
+    """The law at each E without the runs `far` (R,) off, printed beside that with them, `values`."""
     furthest = sorted(compress(table, far), key=lambda row: -abs(row["deviations"]))
     show(f"{len(furthest)} runs lie over 5 robust deviations off; the furthest", furthest[:10])
     try:
@@ -806,9 +798,8 @@ def show_outliers(table: list[dict], far: Array, runs: Runs, known: dict, pinned
     except BadInput as error:
         print(f"no law without them: {error}\n")
         return None
-    laws = {E: {name: value for name, (value, _) in row.items()} for E, row in per_expert(parts, runs).items()}
-    show("The law with them | without them", [{"E": E} | {
-        name: f"{known[E][name][0]:.4g} | {value:.4g}" for name, value in law.items()} for E, law in laws.items()])
+    laws, _ = per_expert(parts, runs)
+    show("The law with them | without them", side_by_side(values, laws, "{:.4g} | {:.4g}"))
     return laws
 
 
@@ -849,10 +840,12 @@ BYTES = {"bf16": 2, "fp32": 4}
 
 
 def chosen_law(path: str | None) -> tuple[Array, Runs]:
-    """The paper's law or one that `fit --json` wrote, over its replicas ("draws" in that file): coefficients
-    (1 + S, 11); and the runs it was fitted to."""
+    """A law that `fit --json` wrote over its replicas ("draws" in that file), coefficients (1 + S, 11), and its runs.
+    Without a file the paper's, refitted to its runs plus its own RMSE as noise: what they can know."""
     if path is None:
-        return np.vstack([Law(), paper_replicas()]), paper_runs()
+        runs = paper_runs()
+        noise = np.random.default_rng(0).normal(0, NOISE, (300, len(runs.L)))
+        return np.vstack([Law(), refit(fit(runs, delta=0.01), 1.0, np.log(runs.L + noise))]), runs
     try:
         saved = json.loads(Path(path).read_text())
         laws = np.array([[saved["law"][name] for name in NAMES], *saved["draws"]], float)
@@ -942,16 +935,12 @@ def ramp_steps(tokens: float, ramp: list = RAMP) -> int:
 
 
 def run_plan(args) -> dict:
-    """A model to train: shape, tokens, steps, learning rate, memory, days and expected loss.
-
-    It has to fit one GPU twice: training, with a whole copy on each, and serving --context tokens.
-    """
+    """A model to train, that fits one GPU twice: training, a whole copy on each, and serving --context tokens."""
     from model import CARDS, count, memory, peak_rates
     laws, runs = chosen_law(args.law)
-    require(not args.memory or args.memory[0] == "bytes",
-            "plan --memory is that of one GPU: give it a unit of bytes, such as 80GB or 80GiB")
-    require(not args.write or args.write.endswith(".py"),
-            f"--write {args.write}: a config is a Python file, such as configs/planned.py")
+    require(not args.memory or args.memory[0] == "bytes", "plan --memory is that of one GPU, in bytes: 80GB or 80GiB")
+    require(not args.write or args.write.endswith(".py"), f"--write {args.write}: a config is a Python file, plan.py")
+    require(args.mfu <= 1, f"--mfu {args.mfu} is a share of the GPU's peak: at most 1")
     require(args.gpu in CARDS, f"--gpu {args.gpu} must be one of {', '.join(CARDS)}")
     ramp = [[0, args.batch]] if args.batch else RAMP
     require(ramp[0][1] % 512 == 0, f"--batch {args.batch} is no multiple of 512, the context of the law")
@@ -984,8 +973,8 @@ def run_plan(args) -> dict:
   tokens         {D:,.0f} in {result["steps"]:,} steps of {" then ".join(f"{batch:,}" for _, batch in ramp)}
   micro-batch    {micro} sequences of {config.seq_len} on each of {args.gpus} x {args.gpu}
   peak rate      {rate:.4g}; eq. 7 says {by_text:.4g} by the text, {by_code:.4g} by the authors' code
-  memory, GB     {train["total"] / 1e9:.3g} to train, {best["deployed_bytes"] / 1e9:.3g} to serve, of {limit / 1e9:.3g}
-  time           {days:.3g} days at {args.mfu:.0%} of the peak; torchrun --nproc_per_node=N runs it on N GPUs
+  memory, GB     {train["total"] / 1e9:.3g} to train, {best["deployed_bytes"] / 1e9:.3g} to serve; there are {limit / 1e9:.3g}
+  time           {days:.3g} days at {args.mfu:.0%} of the peak, on several GPUs if you split its batches
   beyond runs    N {beyond[0]:.3g} and D {beyond[1]:.3g} times those of this E (nan: none), FLOPs {beyond[2]:.3g} times
 No interval knows of a law that bends beyond its runs.""")
     if args.write:
@@ -1013,29 +1002,25 @@ def write_config(args, best: dict, config, dtype: str) -> None:
 # --- 3e. the command line ------------------------------------------------------------------------
 
 
+UNITS = {"": ("number", 1)} | {letter: ("number", 1e3**(i + 1)) for i, letter in enumerate("kmbt")}
+for i, letter in enumerate("kmgtp", 1):
+    UNITS |= {f"{letter}b": ("bytes", 1e3**i), f"{letter}ib": ("bytes", 1024**i)}
+
+
 def quantity(text: str) -> tuple[str, float]:
     """("number" or "bytes", value) of 1e22, 20B (billion), 80GB, "80 GiB"; value nan of anything else."""
-    form = r"((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(?:([KMGTP])(i?)B|([KMBT]))?"
-    match = re.fullmatch(form, text.strip().replace("_", ""), re.IGNORECASE)
-    if not match:
-        return "number", math.nan
-    if match[2]:
-        return "bytes", float(match[1]) * (1024 if match[3] else 1000)**("KMGTP".index(match[2].upper()) + 1)
-    return "number", float(match[1]) * 1000**"_KMBT".index((match[4] or "_").upper())
+    match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?) *([a-z]*)", text.strip().replace("_", "").lower())
+    unit, scale = UNITS.get(match and match[2], ("number", math.nan))
+    return unit, scale * float(match[1] if match else 1)
 
 
 def reader(must: str, fits: Callable, convert: Callable = float) -> Callable:
-    """Reads an argument that `must` be a plain number which `fits`, or stops."""
+    """Reads an argument that `must` be a finite number, not of bytes, which `fits`."""
     def read(text: str):
         unit, value = quantity(text)
-        require(unit == "number" and 0 < value < math.inf and fits(value), f"{text!r} must be {must}")
+        require(unit == "number" and value < math.inf and fits(value), f"{text!r} must be {must}")
         return convert(value)
     return read
-
-
-plain = reader("a positive number such as 1e22 or 20B (billion), not in bytes", lambda value: True)
-whole = reader("a whole number from 1 to 1,000,000", lambda value: value % 1 == 0 and value <= 1e6, int)
-share = reader("a share above 0, at most 1", lambda value: value <= 1)
 
 
 def memory_size(text: str) -> tuple[str, float]:
@@ -1047,7 +1032,8 @@ def pin(text: str) -> tuple[str, float]:
     """A coefficient and its value: c=1.6."""
     name, _, value = text.partition("=")
     require(name in NAMES, f"{text!r} is not NAME=VALUE with one of {', '.join(NAMES)}")
-    number = float(value) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value) else math.nan
+    _, number = quantity(value.lstrip("+-"))
+    number *= -1 if value.startswith("-") else 1
     low, high = (0, 1e99) if name in ("a", "b", "c", "e_start", "e_max") else (-9, 9)
     require(low <= number <= high, f"{text!r} is no value of {name}: {low} to {high}")
     return name, number
@@ -1060,36 +1046,41 @@ def holdout(text: str) -> str:
 
 
 VERBS = {"tables": run_tables, "optimum": run_optimum, "fit": run_fit, "simulate": run_simulate, "plan": run_plan}
-BUDGETS = "optimum plan"
-FLAGS = {     # flag: the verbs that take it, how it is read or what there is to choose, its default (...: none), help
-    "--form": ("fit", [*FORMS], "joint", "expert_count is E itself for Ê"),
-    "--e_start": ("tables", plain, Law().e_start, "E_start of the law, as printed"),
-    "--weights": ("fit", str, None, "column of weights, without it all are equal"),
-    "--pin": ("fit", pin, [], "NAME=VALUE: hold a coefficient there, c=1.6; may be given again"),
-    "--near": ("fit", plain, None, "only runs within so many nats of the best of their compute budget and E"),
-    "--noise": ("fit", plain, None, "spread of repeated runs in nats, without it that of the runs that repeat a point"),
-    "--holdout": ("fit", holdout, "kfold:10", "loss:30 (lowest), compute:30, column:NAME, kfold:10 or rolling"),
-    "--huber": ("fit", plain, None, "Huber width on ln L, without it 1.345 robust deviations; the paper's is 0.01"),
-    "--bootstrap": ("fit", whole, 1000, "refits behind the intervals"),
-    "--draws": ("simulate", whole, 20, "noise draws"),
-    "--outliers": ("simulate", share, 0.0, "share of runs made 0.05 nats worse"),
-    "--curve": ("simulate", share, 0.0, "bend the law by as much (ln D/N - mean)^2"),
-    "--flops": (BUDGETS, plain, ..., "compute budget: training, and inference if any"),
-    "--memory": (BUDGETS, memory_size, None, "80GB; for optimum also parameters, 5B; for plan that of one GPU"),
-    "--inference_tokens": (BUDGETS, plain, 0.0, "tokens to infer within --flops"),
-    "--dtype": (BUDGETS, [*BYTES], "bf16", "of weights and cache"),
-    "--vocab": (BUDGETS, whole, VOCABULARY, "tokens in the vocabulary: sizes are counted with it"),
-    "--kv_tokens": ("optimum", plain, 0.0, "cached tokens that --memory holds too"),
-    "--gpu": ("plan", str, ..., "the GPU to train on: H100, A100-80, ... (model.CARDS)"),
-    "--gpus": ("plan", whole, 1, "how many"),
-    "--context": ("plan", plain, 32768.0, "cached tokens when deployed"),
-    "--mfu": ("plan", share, 0.35, "assumed model FLOPs utilisation"),
-    "--d_head": ("plan", whole, 64, "width of a head; there are d_model / d_head heads and blocks"),
-    "--batch": ("plan", whole, None, "tokens a step, without it the paper's ramp from 65,536 to 262,144"),
-    "--learning_rate": ("plan", plain, None, "peak, without it by eq. 7 of the paper"),
-    "--write": ("plan", str, None, "write a config for train.py: CONFIG.py"),
-    "--law": (BUDGETS, str, None, "a law that fit --json wrote, without it the paper's"),
-    "--json": (" ".join(VERBS), str, None, "write the result there as JSON too")}
+KINDS = {
+    "text": str, "memory": memory_size, "pin": pin, "holdout": holdout, "form": list(FORMS), "dtype": list(BYTES),
+    "number": reader("a positive number such as 1e22 or 20B (billion), not in bytes", lambda value: value > 0),
+    "from 0": reader("a number from 0", lambda value: value >= 0),
+    "whole": reader("a whole number from 1 to 1,000,000", lambda value: value % 1 == 0 < value <= 1e6, int),
+    "share": reader("a share from 0 to 1", lambda value: 0 <= value <= 1)}
+# option, the verbs that take it, its kind, its default (-: none; !: it has to be given), what it says
+OPTIONS = """
+--form              fit           form      joint      expert_count is E itself for Ê
+--pin               fit           pin       -          NAME=VALUE: hold a coefficient there, c=1.6; may be repeated
+--near              fit           number    -          only runs within so many nats of the best of their budget and E
+--noise             fit           number    -          spread of repeated runs in nats (-: of those that repeat a point)
+--holdout           fit           holdout   kfold:10   loss:30 (lowest), compute:30, column:NAME, kfold:10 or rolling
+--huber             fit           number    -          width on ln L (-: 1.345 robust deviations; the paper's is 0.01)
+--bootstrap         fit           whole     1000       refits behind the intervals
+--e_start           tables        number    2.0732     E_start of the law
+--draws             simulate      whole     20         noise draws
+--outliers          simulate      share     0          share of runs made 0.05 nats worse
+--curve             simulate      share     0          bend the law by as much (ln D/N - mean)^2
+--flops             optimum plan  number    !          compute budget: training, and inference if any
+--memory            optimum plan  memory    -          80GB; for optimum also parameters, 5B; for plan that of one GPU
+--inference_tokens  optimum plan  from 0    0          tokens to infer within --flops
+--dtype             optimum plan  dtype     bf16       of weights and cache
+--vocab             optimum plan  whole     50257      tokens in the vocabulary: sizes are counted with it
+--law               optimum plan  text      -          a law that fit --json wrote (-: the paper's)
+--kv_tokens         optimum       from 0    0          cached tokens that --memory holds too
+--gpu               plan          text      !          the GPU to train on: H100, A100-80, ... (model.CARDS)
+--gpus              plan          whole     1          how many
+--context           plan          from 0    32768      cached tokens when deployed
+--mfu               plan          number    0.35       assumed model FLOPs utilisation, a share
+--d_head            plan          whole     64         width of a head; heads and blocks are d_model / d_head
+--batch             plan          whole     -          tokens a step (-: the paper's ramp, 65,536 to 262,144)
+--learning_rate     plan          number    -          at its peak (-: eq. 7 of the paper)
+--write             plan          text      -          CONFIG.py: write a config for train.py
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -1103,13 +1094,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, run in VERBS.items():
         verb = verbs.add_parser(name, help=run.__doc__.split("\n")[0], description=run.__doc__, allow_abbrev=False)
         if run is run_fit:
-            verb.add_argument("sources", nargs="+", help="CSVs of n_active, tokens, n_expert, loss; result.json files; "
-                                                         "folders of them")
-        for flag, (users, kind, default, text) in FLAGS.items():
+            verb.add_argument("sources", nargs="+", type=Path, help="CSVs of n_active, tokens, n_expert, loss; "
+                                                                    "result.json files; folders of them")
+        verb.add_argument("--json", help="write the result there as JSON too")
+        for line in OPTIONS.strip().splitlines():
+            flag, users, kind, default, text = re.split("  +", line)
             if name in users.split():
-                verb.add_argument(flag, **{"type" if callable(kind) else "choices": kind}, default=default,
-                                  required=default is ..., action="append" if kind is pin else "store",
-                                  help=text + (f" (default {default})" if default not in (None, ..., []) else ""))
+                verb.add_argument(flag, **{"type" if callable(KINDS[kind]) else "choices": KINDS[kind]},
+                                  default=None if default in "-!" else default, required=default == "!",
+                                  action="append" if kind == "pin" else "store", help=f"{text} [{default}]")
     return parser.parse_args(argv or ["tables"])
 
 
