@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -201,7 +202,8 @@ def test_a_run_whose_last_evaluation_is_not_finite_is_not_done(command, monkeypa
     for _ in range(2):
         done = command("--eval_interval=99", "--max_steps=2", "--overwrite")
         one_line(done, "the validation loss is not finite, stopping at step 0; no checkpoint", t.DIVERGED)
-    monkeypatch.setattr(t, "evaluate", lambda *_, losses=iter([5.0, math.nan, math.nan]): (next(losses), 2.0))
+    losses = iter([5.0, math.nan, math.nan])
+    monkeypatch.setattr(t, "evaluate", lambda *_: (next(losses), 2.0))
     one_line(command("--eval_interval=99", "--max_steps=2"), "stopping at step 2; the last finite", t.DIVERGED)
     one_line(command("--eval_interval=99", "--max_steps=2"), "stopping at step 2; the last finite", t.DIVERGED)
     assert_no_nan_was_kept()
@@ -516,6 +518,7 @@ def test_standard_output_that_the_shell_closed_is_no_error(command, script, monk
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", None)
             code, _, err = run()
+            sys.stdout.close()
         assert code == 0 and err == ""
 
 
@@ -586,3 +589,87 @@ def test_the_contract_holds_for_random_shapes_and_logits_that_are_not_finite(nam
                               balance_scope=draw.choice(["micro_batch", "sequence"]))
         context = Context(torch.randint(0, 99, (n,), generator=generator), n, draw.random() < 0.5)
         router.check(router.seeded_route(logits, config, context), n, n_expert)
+
+
+# --- a thousand hostile words and files -----------------------------------------------------------------------------
+
+
+ODD = ["", "0", "-1", "1e400", "nan", "inf", "1" + "0" * 400, "9223372036854775808", "1e19", "1e18", "5e-324", "[]", "{}",
+       "None", "True", "()", "[(0, 1)]", "[[1]]", "'x'", "\u0130\n", "--", "=", "a" * 300, "../..", "\x00", "(" * 300, "0x10",
+       "1e-400", "lambda: 0", "stdlib", "cpu", "cuda:7", "\ud800", "1_0", "-0.0", "1j", "...", "b'x'"]
+
+
+def spoil(data: bytes, draw: random.Random) -> bytes:
+    """A file cut, with a stretch overwritten, or with a number or a word in it replaced by an odd one."""
+    at, odd = draw.randrange(len(data)), draw.choice(ODD).encode(errors="replace")
+    kind = draw.randrange(4)
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + draw.randbytes(draw.randint(1, 9)) + data[at + 3:]
+    words = list(re.finditer(rb"[\w.+-]+", data))
+    word = draw.choice(words)
+    return data[:word.start()] + odd + data[word.end():]
+
+
+@pytest.mark.slow
+def test_a_thousand_hostile_words_and_files_are_each_a_clean_run_or_one_line(halfway, script, monkeypatch):
+    """A fixed seed: what fails here fails again. No run is trained, but one whose files were damaged may continue."""
+    monkeypatch.setattr(t, "write_text", WRITE_TEXT)
+    draw, fields, tried = random.Random(0), list(t.TYPES), 0
+    hf_folder()
+    shutil.copytree("out/tiny", "kept")
+    rows = [dict(n_active=n, tokens=d, n_expert=e, loss=1.5 + (n / 1e6) ** -0.2 + (d / 1e6) ** -0.3 + 0.1 / e)
+            for n in (1e6, 3e6, 1e7) for d in (1e7, 1e8) for e in (1, 4, 16)]
+    table = "n_active,tokens,n_expert,loss\n" + "".join(",".join(map(str, row.values())) + "\n" for row in rows)
+    law = json.dumps({"law": scaling.Law()._asdict(), "draws": [list(scaling.Law())] * 3, "runs": rows})
+    config, sweep = Path("tiny.py").read_bytes(), Path("tiny.py").read_bytes() + b"runs = [dict(name='a', seed=3)]\n"
+
+    def attempt(file, *words: str, codes=(0, 2)) -> None:
+        nonlocal tried
+        tried += 1
+        words = [word.replace("\0", "") for word in words]                       # (a shell has no way to pass one)
+        code, _, err = script(file, *words)
+        assert code in codes, (file, words, code, err)
+        assert err == "" if code == 0 else err.startswith("error: ") and err.count("\n") == 1, (file, words, code, err)
+
+    for _ in range(250):
+        given = [f"--{draw.choice(fields)}={draw.choice(ODD)}" for _ in range(draw.randint(1, 3))]
+        attempt(t, "tiny.py", "--dry_run", *given)
+    for _ in range(50):
+        attempt(t, *draw.choices(["draw", "trace", "judge", "tiny.py", "--report", "--only", "--dry_run", *ODD],
+                                 k=draw.randint(1, 3)), "--dry_run")
+    for text in (config, sweep):
+        for _ in range(100):
+            Path("odd.py").write_bytes(spoil(text, draw))
+            attempt(t, "odd.py", "--dry_run")
+    for _ in range(100):
+        flags = ["--prompt", "--tokenizer", "--tokens", "--temperature", "--top_k", "--seed"]
+        attempt(m, draw.choice(["kept", "hf", draw.choice(ODD)]), "--tokens=2", f"{draw.choice(flags)}={draw.choice(ODD)}")
+    for path in (*[Path("hf/config.json"), Path("hf/model.safetensors")] * 50, *[Path("kept/config.json")] * 50):
+        whole = path.read_bytes()
+        path.write_bytes(spoil(whole, draw))
+        attempt(m, str(path.parent), "--tokenizer=bytes", "--tokens=2")
+        path.write_bytes(whole)
+    for name in ("ckpt.pt", "log.jsonl", "config.json"):
+        for _ in range(20):
+            shutil.rmtree("out/tiny")
+            shutil.copytree("kept", "out/tiny")
+            path = Path("out/tiny", name)
+            path.write_bytes(spoil(path.read_bytes(), draw))
+            attempt(t, "tiny.py")
+    for _ in range(60):
+        attempt(router, *draw.choices(["--list", "--policy", "--policy=softmax", *(f"--policy={odd}" for odd in ODD)], k=1))
+    for _ in range(60):
+        Path("runs.csv").write_bytes(spoil(table.encode(), draw))
+        attempt(scaling, "fit", "runs.csv", "--bootstrap=1", "--holdout=compute:3", "--form=expert_count")
+    for _ in range(60):
+        Path("law.json").write_bytes(spoil(law.encode(), draw))
+        attempt(scaling, "optimum", "--flops=1e20", "--law=law.json")
+    for _ in range(110):
+        verb, flag = draw.choice(["tables", "optimum", "plan", "simulate", "fit"]), draw.choice(list(scaling.FLAGS)[1:])
+        needed = {"optimum": ["--flops=1e20"], "plan": ["--flops=1e20", "--gpu=H100"], "fit": ["nowhere.csv"]}
+        odd = draw.choice([odd for odd in ODD if odd])
+        attempt(scaling, verb, *needed.get(verb, ["--json=x.json"]), *(["--draws=1"] if verb == "simulate" else []),
+                "--unknown" if verb == "simulate" else f"{flag}={odd}")
+    assert tried >= 1000
