@@ -972,7 +972,7 @@ def run_plan(args) -> dict:
   peak rate      {rate:.4g}; eq. 7 says {by_text:.4g} by the text, {by_code:.4g} by the authors' code
   memory, GB     {train["total"] / 1e9:.3g} of {limit / 1e9:.3g} to train, {best["deployed_bytes"] / 1e9:.3g} to serve
   time           {days:.3g} days at {args.mfu:.0%} of the peak, on several GPUs if you split its batches
-  beyond runs    {beyond["N"]:.3g} N, {beyond["D"]:.3g} D of this E (nan: it has none), {beyond["flops"]:.3g} of all FLOPs
+  beyond runs    {beyond["N"]:.3g} N, {beyond["D"]:.3g} D of this E (nan: it has none), {beyond["flops"]:.3g} FLOPs
 No interval knows of a law that bends beyond its runs.""")
     if args.write:
         write_config(args, result, config, dtype)
