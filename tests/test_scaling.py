@@ -235,38 +235,25 @@ def test_the_two_readings_of_equation_7_differ_as_stated_at_width_512():
 # --- the optimum ----------------------------------------------------------------------------------------------------
 
 
-def golden(loss, low, high):
-    """Brute force: golden-section search over ln N, elementwise."""
-    ratio = (math.sqrt(5) - 1) / 2
-    for _ in range(100):
-        a, b = high - ratio * (high - low), low + ratio * (high - low)
-        left = loss(a) < loss(b)
-        low, high = np.where(left, low, a), np.where(left, b, high)
-    return loss((low + high) / 2)
-
-
 @pytest.mark.parametrize("E", EXPERTS)
 @pytest.mark.parametrize("inference", [0, 1e11])
 def test_the_optimum_is_no_worse_than_brute_force(E, inference):
     flops = np.geomspace(1e20, 1e24, 9)
     top = flops / (2 * inference) if inference else np.full(9, 1e13)       # above it no token is left to train on
-    brute = golden(lambda x: Law().loss(np.exp(x), np.maximum(flops / 6 * np.exp(-x) - inference / 3, 1e-9), E),
-                   np.full(9, math.log(1e7)), np.log(top))
+    x = np.log(1e7) + np.linspace(0, 1, 100_001)[:, None] * np.log(top / 1e7)
+    brute = Law().loss(np.exp(x), np.maximum(flops / 6 * np.exp(-x) - inference / 3, 1e-9), E).min(0)
     N, D, L = optimum(Law(), E, flops, inference_tokens=inference)
-    assert np.allclose(L, brute, rtol=1e-8)
+    assert np.allclose(L, brute, rtol=1e-8) and (brute >= L * (1 - 1e-14)).all()
     assert np.allclose(6 * N * D + 2 * N * inference, flops, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kv", [0, 32768])
-def test_a_binding_memory_is_used_to_the_last_parameter(kv):
+def test_a_binding_memory_is_used_to_the_last_parameter_and_ample_memory_changes_nothing(kv):
     N, D, _ = optimum(Law(), EXPERTS, 1e22, 2e9, kv)
     d = scaling.width(N)
     assert np.allclose(law_size(d, d / 64, EXPERTS) + 2 * kv * d**2 / 64, 2e9, rtol=1e-10)
     assert np.allclose(6 * N * D, 1e22)
-
-
-def test_ample_memory_changes_nothing():
-    assert np.allclose(optimum(Law(), EXPERTS, 1e21, 1e13), optimum(Law(), EXPERTS, 1e21), rtol=1e-12)
+    assert np.allclose(optimum(Law(), EXPERTS, 1e21, 1e13, kv), optimum(Law(), EXPERTS, 1e21), rtol=1e-12)
 
 
 def test_optimum_writes_the_rows_it_prints_and_memory_is_in_parameters_or_bytes(tmp_path, capsys):
@@ -293,21 +280,18 @@ def test_the_jacobian_is_the_derivative():
         assert np.allclose(J[:, i], slope, atol=1e-7)
 
 
-def test_centring_is_invertible_and_describes_the_same_law():
-    surface = Surface(paper_runs())
+def test_centring_is_invertible_and_a_fit_without_noise_returns_the_law():
+    runs = paper_runs()
+    surface = Surface(runs)
     p = surface.centred([Law()])
     assert np.allclose(surface.coefficients(p)[0], Law()[:11], rtol=1e-10)
-    assert np.allclose(surface.parts(p)[0][0], np.log(paper_runs().L), atol=1e-12)
+    assert np.allclose(surface.parts(p)[0][0], np.log(runs.L), atol=1e-12)
+    assert np.abs(fit(runs).law.loss(*runs[:3]) - runs.L).max() < 1e-4
 
 
 def test_huber_is_half_the_square_up_to_its_width_and_linear_beyond():
     r, weight = np.array([[0.5, -0.5, 3.0, -3.0]]), np.array([[1.0, 2.0, 1.0, 2.0]])
     assert scaling.huber(r, weight, 1.0) == pytest.approx(0.125 * 3 + 2.5 * 3)
-
-
-def test_a_fit_without_noise_returns_the_law():
-    fitted, runs = fit(paper_runs()), paper_runs()
-    assert np.abs(fitted.law.loss(*runs[:3]) - runs.L).max() < 1e-4
 
 
 def paper_starts(surface, base, free, seed) -> np.ndarray:
@@ -382,7 +366,7 @@ def test_ninety_percent_intervals_cover_about_ninety_percent_and_the_committed_f
         assert ours["rmse_holdout"] == pytest.approx(theirs["rmse_holdout"], rel=1e-3)
 
 
-def test_refitting_with_a_weight_of_two_is_refitting_with_the_run_twice():
+def test_a_weight_of_two_is_the_run_twice_and_one_of_zero_does_not_touch_the_fit():
     runs = noisy()
     fitted = fit(runs)
     twice = Runs(*(np.concatenate([field, field[:50]]) for field in runs))
@@ -390,6 +374,9 @@ def test_refitting_with_a_weight_of_two_is_refitting_with_the_run_twice():
     one = many(scaling.refit(fitted, weight, fitted.surface.target))
     other = fit(twice, delta=fitted.delta).law
     assert np.allclose(one.loss(*runs[:3]), other.loss(*runs[:3]), atol=1e-5)
+    held = scaling.hold_out(runs, "loss:30")
+    spoilt = held._replace(L=np.where(held.weight == 0, 9.0, held.L))
+    assert np.allclose(fit(held).law[:11], fit(spoilt).law[:11])
 
 
 def test_leaving_runs_out_is_fitting_without_them_and_runs_of_one_point_share_a_fold():
@@ -404,12 +391,6 @@ def test_leaving_runs_out_is_fitting_without_them_and_runs_of_one_point_share_a_
     unseen = [fit(runs.take(half != k), delta=fitted.delta).law.loss(*runs[:3]) for k in (0, 1)]
     assert scaling.held_out_rmse(parts, runs, "kfold:2") == pytest.approx(
         scaling.rmse(np.where(half, unseen[1], unseen[0]) - runs.L), rel=1e-3)
-
-
-def test_held_out_runs_do_not_touch_the_fit():
-    runs = scaling.hold_out(noisy(), "loss:30")
-    spoilt = runs._replace(L=np.where(runs.weight == 0, 9.0, runs.L))
-    assert np.allclose(fit(runs).law[:11], fit(spoilt).law[:11])
 
 
 def test_dense_runs_alone_give_the_chinchilla_law(tmp_path, capsys):
@@ -489,10 +470,11 @@ def test_clarks_checkpoints_converge_and_the_floor_at_its_bound_is_named(tmp_pat
             assert low <= value <= high
 
 
-def test_no_interval_leaves_out_its_own_estimate():
+def test_no_interval_leaves_out_its_own_estimate_and_token_counts_within_two_percent_are_one():
     replicas = np.arange(101.0)
     assert scaling.band(replicas) == scaling.band(replicas, 50.0) == [5, 95]
     assert scaling.band(replicas, 97.0) == [5, 97] and scaling.band(replicas, -1.0) == [-1, 95]
+    assert scaling.grouped(np.array([1.31, 1.0, 1.019, 1.021, 1.3]), 0.02).tolist() == [2, 0, 0, 1, 2]
 
 
 def test_a_replica_that_leads_to_a_lower_cost_moves_the_fit():
@@ -525,10 +507,6 @@ def test_without_its_term_in_d_the_joint_form_beats_clarks_on_the_largest_runs(t
     assert saved["rmse_holdout"] == pytest.approx(joint, abs=0.003)
     of_clark = result(tmp_path, "fit", clark(name), "--holdout", "column:largest", "--bootstrap", 50, "--form", "clark")
     assert of_clark["rmse_holdout"] == pytest.approx(clarks, abs=0.003)
-
-
-def test_token_counts_within_two_percent_are_one():
-    assert scaling.grouped(np.array([1.31, 1.0, 1.019, 1.021, 1.3]), 0.02).tolist() == [2, 0, 0, 1, 2]
 
 
 def isoflop(seed=0) -> Runs:
@@ -757,16 +735,12 @@ def test_every_figure_comes_with_the_data_that_is_committed_beside_it(tmp_path):
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text, value", [
-    ("1e22", ("number", 1e22)), ("20B", ("number", 2e10)), ("1.5T", ("number", 1.5e12)), ("512k", ("number", 512e3)),
-    ("32_768", ("number", 32768)), ("80GB", ("bytes", 8e10)), ("80 GiB", ("bytes", 80 * 2**30))])
-def test_quantities_are_read_as_people_write_them(text, value):
-    assert scaling.quantity(text) == value
-
-
-@pytest.mark.parametrize("bad", ["-1", "0", "nan", "inf", "abc", "", "80G", "1e400", "5 apples"])
-def test_what_is_no_quantity_is_refused(bad, capsys):
-    assert "--flops" in fails(capsys, "optimum", f"--flops={bad}")
+def test_quantities_are_read_as_people_write_them_and_others_are_refused(capsys):
+    for text, value in (("1e22", 1e22), ("20B", 2e10), ("1.5T", 1.5e12), ("512k", 512e3), ("32_768", 32768)):
+        assert scaling.quantity(text) == ("number", value)
+    assert scaling.quantity("80GB") == ("bytes", 8e10) and scaling.quantity("80 GiB") == ("bytes", 80 * 2**30)
+    for bad in ("-1", "0", "nan", "inf", "abc", "", "80G", "1e400", "5 apples"):
+        assert "--flops" in fails(capsys, "optimum", f"--flops={bad}")
 
 
 @pytest.mark.parametrize("row, said", [
@@ -787,10 +761,8 @@ def test_bad_tables_are_named(tmp_path, capsys, text, said):
     if text is not None:
         (tmp_path / "bad.csv").write_text(text, errors="surrogateescape")
     assert said in fails(capsys, "fit", tmp_path / "bad.csv")
-
-
-def test_a_folder_without_runs_says_what_it_lacks_with_an_example(tmp_path, capsys):
-    line = fails(capsys, "fit", tmp_path)
+    (tmp_path / "folder").mkdir()
+    line = fails(capsys, "fit", tmp_path / "folder")
     assert "no result.json" in line and "fit results/law/clark_2022.csv" in line
 
 
@@ -836,18 +808,15 @@ def test_impossible_requests_end_in_one_line(line, said, runs_csv, capsys):
     assert said in fails(capsys, *line.replace("RUNS", str(runs_csv)).split())
 
 
-def test_a_law_without_tokens_has_no_optimum(runs_csv, tmp_path, capsys):
-    law = tmp_path / "f.json"
+def test_a_law_without_tokens_has_no_optimum_and_nothing_is_left_behind_by_bad_input(runs_csv, tmp_path, capsys):
+    law, folder = tmp_path / "f.json", tmp_path / "folder"
     assert run("fit", runs_csv, "--form", "clark", "--bootstrap", 20, "--json", law) == 0
     capsys.readouterr()
-    assert "without tokens" in fails(capsys, "optimum", "--flops", "1e21", "--law", law)
-
-
-def test_nothing_is_left_behind_when_the_input_is_bad(tmp_path, capsys):
-    fails(capsys, "optimum", "--flops", "1e10", "--json", tmp_path / "o.json")
+    folder.mkdir()
+    assert "without tokens" in fails(capsys, "optimum", "--flops", "1e21", "--law", law, "--json", folder / "o.json")
     fails(capsys, "tables", "--json", "/dev/null/o.json")
-    fails(capsys, "tables", "--json", tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    fails(capsys, "tables", "--json", folder)
+    assert sorted(tmp_path.iterdir()) == [law, folder] and not list(folder.iterdir())
 
 
 def test_a_pipe_stays_a_pipe_a_closed_one_is_quiet_and_a_full_disk_is_one_line(tmp_path):
