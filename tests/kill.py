@@ -203,9 +203,10 @@ def main() -> None:
         print(name, found[name], flush=True)
     sweeps = orphans(args.parents, draw) if args.parents and not args.torchrun else {}
     before = json.loads(args.out.read_text()) if args.torchrun and args.out.is_file() else {}
-    made = {"command": " ".join(["python tests/kill.py", *sys.argv[1:]]), "seed": args.seed,
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread",
-            "torch": torch.__version__, "seconds": round(time.monotonic() - begin), "kill_9": found}
+    conditions = {"command": " ".join(["python tests/kill.py", *sys.argv[1:]]), "seed": args.seed,
+                  "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread",
+                  "torch": torch.__version__, "seconds": round(time.monotonic() - begin)}
+    made = {"conditions": conditions, "kill_9": found}
     kept = before | {"torchrun": made} if args.torchrun else made | {"sweeps": sweeps}
     args.out.write_text(json.dumps(kept, indent=1) + "\n")
     print(sweeps)
