@@ -389,6 +389,8 @@ def validate_run(config: Config) -> None:
     require_each(config, "seed", lambda n: n < 2**32, "be less than 2**32")
     require_each(config, "max_steps max_tokens", lambda n: n < 2**62, "be less than 2**62")
     require_each(config, "dataset tokenizer", lambda text: 0 < len(text) < 1000, "be a name of 1 to 1000 characters")
+    require_each(config, "dataset tokenizer out_dir", lambda text: text.encode(errors="ignore").decode() == text,
+                 "be text in this locale: set PYTHONUTF8=1 in the environment")
     require_each(config, "beta1 beta2", lambda x: 0 <= x < 1, "be in [0, 1)")
     for name, allowed in (("schedule", ("cosine", "constant")), ("dtype", ("float32", "bfloat16"))):
         require_each(config, name, allowed.__contains__, f"be one of {', '.join(allowed)}")
@@ -874,7 +876,7 @@ lock.file = None
 
 def write_text_file(path: Path, text: str) -> None:
     partial = path.with_suffix(".tmp")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="replace")
     partial.replace(path)
 
 
@@ -1388,7 +1390,6 @@ import csv
 import io
 import statistics
 import subprocess
-import threading
 
 from router import FUSED, Context, check_causal
 
@@ -1618,7 +1619,7 @@ def start(run: Trial, slot: int, parallel: int) -> Started:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    command = [sys.executable, "-u", __file__, "--run", json.dumps(asdict(run.config))]
+    command = [sys.executable, "-u", "-c", WATCHED, __file__, "--run", json.dumps(asdict(run.config))]
     with open(out / "train.log", "wb" if run.config.overwrite else "ab") as log:
         before = log.tell(), oom_kills(), time.monotonic()
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
@@ -1634,6 +1635,14 @@ def end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(3)
     os._exit(130)
+
+
+WATCHED = f"""import os, runpy, signal, sys, threading, time
+{inspect.getsource(end_with_parent)}
+threading.Thread(target=end_with_parent, daemon=True).start()
+sys.path[0], sys.argv = os.path.dirname(sys.argv[1]), sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""                                   # what a run's process runs: it watches while its packages load, too
 
 
 def train_alone(config: Config) -> int:
@@ -2135,7 +2144,6 @@ def main(argv: list[str]) -> None:
     if argv[:1] in (["draw"], ["trace"]):
         return {"draw": draw, "trace": trace}[argv[0]](argv[1:])
     if argv[:1] == ["--run"]:
-        threading.Thread(target=end_with_parent, daemon=True).start()
         sys.exit(train_alone(Config(**json.loads(argv[1]))))
     judging = argv[:1] == ["judge"]
     args, given = parse_command_line(argv[judging:])

@@ -523,15 +523,17 @@ def test_standard_output_that_the_shell_closed_is_no_error(command, script, monk
 
 
 @pytest.mark.slow
-def test_in_the_c_locale_a_sweep_with_seeds_in_a_folder_of_another_alphabet_gets_its_summary():
+def test_in_the_c_locale_a_sweep_gets_its_summary_and_a_folder_that_cannot_be_named_is_refused_before_it_trains():
     """D20: ± stands in summary.md."""
     sweep_of("a")
     Path("sweep.py").write_text(Path("sweep.py").read_text() + "seeds = [1, 2]\n")
     environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "sweep.py", "--out_dir=out/ü"], env=environment,
-                          capture_output=True)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert "±" in Path("out/ü/summary.md").read_text(encoding="utf-8")
+    for out, code in (("out/s", 0), ("out/ü", 2)):
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), "sweep.py", f"--out_dir={out}", "--parallel=2"],
+                              env=environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr + done.stdout
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not Path("out/ü").exists()
+    assert "±" in Path("out/s/summary.md").read_text(encoding="utf-8")
 
 
 # --- hostile files execute nothing ----------------------------------------------------------------------------------
