@@ -573,15 +573,14 @@ def fit_form(runs: Runs, form: str, pinned: dict, delta: float | None = None) ->
         unknown = {1: NO_EXPERTS | EHAT, 2: EHAT, 3: {"e_max": Law().e_max}}.get(experts, {})
         if tokens == 1 and not NO_TOKENS.keys() <= given.keys():
             unknown = unknown | NO_TOKENS
-            require(not NO_TOKENS.keys() & pinned.keys(), f"{where}one token count cannot tell the term in D from c: "
-                                                          "pin all of b, beta, omega and zeta, or none")
+            require(not NO_TOKENS.keys() & pinned.keys(),
+                    f"{where}one token count cannot tell the term in D from c: pin {', '.join(NO_TOKENS)}, or none")
         fixed = unknown | given
         count = len(NAMES) - len(fixed)
-        require(sizes >= 3 - len({"a", "alpha", "c"} & given.keys()), f"{where}{sizes} value(s) of n_active cannot "
-                "tell a and alpha from c: train at least 3 sizes, or pin alpha or c")
-        require(tokens >= 3 - len({"b", "beta", "c"} & pinned.keys()) or NO_TOKENS.keys() <= fixed.keys(),
-                f"{where}{tokens} value(s) of tokens cannot tell b, beta, omega and zeta from c: train at least 3 "
-                "token counts, pin beta or c, or use --form clark, which has no tokens in it")
+        for name, number, term in ("n_active", sizes, "a alpha c"), ("tokens", tokens, "b beta c"):
+            require(number >= 3 - len(given.keys() & term.split()) or (name == "tokens" and fixed.get("b") == 0),
+                    f"{where}{number} value(s) of {name} cannot tell {term}: train at least 3, pin one of them, or use "
+                    "--form clark, which has no tokens in it")
         require(len(used.L) > count, f"{where}{len(used.L)} runs cannot fix the {count} parameters of form {form}: "
                 "add runs, hold out fewer, or use a form with fewer (--form clark)")
         held |= {name: value for name, value in unknown.items() if name not in given}
@@ -702,6 +701,9 @@ def per_expert(parts: list[tuple], runs: Runs) -> tuple[dict, dict]:
 
 def fit_input(args) -> tuple[Runs, list[dict], dict]:
     """The runs that `fit` is asked to use, their rows, and the pinned coefficients."""
+    rules = r"(loss|compute):\d{1,9}|kfold:([2-9]|[1-9]\d{1,8})|column:.+|rolling"
+    require(re.fullmatch(rules, args.holdout, re.ASCII),
+            f"--holdout {args.holdout} must be loss:30, compute:30, column:NAME, kfold:10 or rolling")
     pinned = dict(args.pin or [])
     if pinned.get("b") == 0:                           # then nothing tells the exponents of its term
         pinned = NO_TOKENS | pinned
@@ -728,8 +730,8 @@ def run_fit(args) -> dict:
     runs, rows, pinned = fit_input(args)
     parts, held = fit_form(runs, args.form, pinned, args.huber)
     if held:
-        print(f"note: such runs cannot tell {', '.join(held)}: held at",
-              *(f"{value:g}" for value in held.values()), "(what is 0 is left out)")
+        told = " ".join(f"{value:g}" for value in held.values())
+        print(f"note: such runs cannot tell {', '.join(held)}: held at {told} (what is 0 is left out)")
     parts = [(mask, bootstrap(fitted, runs.take(mask), args.bootstrap)) for mask, fitted in parts]
     for _, fitted in parts:
         if fitted.agree < 1 / 3:
@@ -764,7 +766,8 @@ def run_fit(args) -> dict:
           f"the optimum; Huber width {first.delta:.4g}\nRMSE train {result['rmse_train']:.5f}, held-out "
           f"{result['rmse_holdout']:.5f} nats ({args.holdout})\n{result['lack_of_fit']}\n")
     show(f"The law at each E, with 90% intervals from {args.bootstrap} bootstrap refits",
-         side_by_side(values, intervals, "{:.4g} [{[0]:.4g}, {[1]:.4g}]"))
+         [{"E": E} | {name: f"{values[E][name]:.4g} [{low:.4g}, {high:.4g}]" for name, (low, high) in row.items()}
+          for E, row in intervals.items()])
     if far.any():
         result["without_outliers"] = without(far, values, table, runs, pinned, args)
     if args.holdout == "rolling":
@@ -783,12 +786,6 @@ def run_fit(args) -> dict:
     return result
 
 
-def side_by_side(values: dict, others: dict, form: str) -> list[dict]:
-    """A row for each E of what `form` makes of two tables {E: {m, mu, n, nu, c: ...}}."""
-    return [{"E": E} | {name: form.format(value, others[E][name], others[E][name]) for name, value in row.items()}
-            for E, row in values.items()]
-
-
 def without(far: Array, values: dict, table: list[dict], runs: Runs, pinned: dict, args) -> dict | None:
     """The law at each E without the runs `far` (R,) off, printed beside that with them, `values`."""
     furthest = sorted(compress(table, far), key=lambda row: -abs(row["deviations"]))
@@ -799,7 +796,8 @@ def without(far: Array, values: dict, table: list[dict], runs: Runs, pinned: dic
         print(f"no law without them: {error}\n")
         return None
     laws, _ = per_expert(parts, runs)
-    show("The law with them | without them", side_by_side(values, laws, "{:.4g} | {:.4g}"))
+    show("The law with them | without them", [{"E": E} | {
+        name: f"{values[E][name]:.4g} | {value:.4g}" for name, value in row.items()} for E, row in laws.items()])
     return laws
 
 
@@ -959,12 +957,11 @@ def run_plan(args) -> dict:
     rate = args.learning_rate or by_text
     days = 6 * N * D / (args.gpus * getattr(CARDS[args.gpu], dtype) * args.mfu) / 86400
     N_run, D_run = ((field * (runs.E == E)).max() or math.nan for field in runs[:2])
-    beyond = N / N_run, D / D_run, N * D / (runs.N * runs.D).max()
+    beyond = {"N": N / N_run, "D": D / D_run, "flops": N * D / (runs.N * runs.D).max()}  # times the largest; nan: none
     result = best | {
         "n_active_without_embeddings": body, "n_total_with_router_and_norms": count(config)["total_untied"],
-        "steps": ramp_steps(D, ramp), "batch_ramp": ramp, "micro_batch": micro, "learning_rate": rate,
-        "learning_rate_authors_code": by_code, "training_bytes": train, "days": days,
-        "beyond_the_runs": dict(zip(("N", "D", "flops"), beyond))}        # times the largest; nan: none of this E
+        "steps": ramp_steps(D, ramp), "batch_ramp": ramp, "micro_batch": micro, "learning_rate": rate, "days": days,
+        "learning_rate_authors_code": by_code, "training_bytes": train, "beyond_the_runs": beyond}
     show("The best shape for each number of experts", rows)
     low, high = best["interval"]
     print(f"""The best: {E} experts of width {3 * d} in {config.n_layer} blocks of width {d}, {config.n_head} heads
@@ -973,9 +970,9 @@ def run_plan(args) -> dict:
   tokens         {D:,.0f} in {result["steps"]:,} steps of {" then ".join(f"{batch:,}" for _, batch in ramp)}
   micro-batch    {micro} sequences of {config.seq_len} on each of {args.gpus} x {args.gpu}
   peak rate      {rate:.4g}; eq. 7 says {by_text:.4g} by the text, {by_code:.4g} by the authors' code
-  memory, GB     {train["total"] / 1e9:.3g} to train, {best["deployed_bytes"] / 1e9:.3g} to serve; there are {limit / 1e9:.3g}
+  memory, GB     {train["total"] / 1e9:.3g} of {limit / 1e9:.3g} to train, {best["deployed_bytes"] / 1e9:.3g} to serve
   time           {days:.3g} days at {args.mfu:.0%} of the peak, on several GPUs if you split its batches
-  beyond runs    N {beyond[0]:.3g} and D {beyond[1]:.3g} times those of this E (nan: none), FLOPs {beyond[2]:.3g} times
+  beyond runs    {beyond["N"]:.3g} N, {beyond["D"]:.3g} D of this E (nan: it has none), {beyond["flops"]:.3g} FLOPs
 No interval knows of a law that bends beyond its runs.""")
     if args.write:
         write_config(args, result, config, dtype)
@@ -1002,16 +999,15 @@ def write_config(args, best: dict, config, dtype: str) -> None:
 # --- 3e. the command line ------------------------------------------------------------------------
 
 
-UNITS = {"": ("number", 1)} | {letter: ("number", 1e3**(i + 1)) for i, letter in enumerate("kmbt")}
-for i, letter in enumerate("kmgtp", 1):
-    UNITS |= {f"{letter}b": ("bytes", 1e3**i), f"{letter}ib": ("bytes", 1024**i)}
-
-
 def quantity(text: str) -> tuple[str, float]:
-    """("number" or "bytes", value) of 1e22, 20B (billion), 80GB, "80 GiB"; value nan of anything else."""
-    match = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?) *([a-z]*)", text.strip().replace("_", "").lower())
-    unit, scale = UNITS.get(match and match[2], ("number", math.nan))
-    return unit, scale * float(match[1] if match else 1)
+    """("number" or "bytes", value) of 1e22, 20B (billion), 80GB, "80 GiB"."""
+    form = r"((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?) *(?:([kmgtp])(i?)b|([kmbt]?))"
+    match = re.fullmatch(form, text.strip().replace("_", "").lower())
+    require(match, f"{text!r} is no quantity such as 1e22, 20B (billion), 80GB or 80GiB")
+    number, prefix, binary, letter = match.groups()
+    if prefix:
+        return "bytes", float(number) * (1024 if binary else 1000)**("kmgtp".index(prefix) + 1)
+    return "number", float(number) * 1000**"_kmbt".index(letter or "_")
 
 
 def reader(must: str, fits: Callable, convert: Callable = float) -> Callable:
@@ -1023,31 +1019,21 @@ def reader(must: str, fits: Callable, convert: Callable = float) -> Callable:
     return read
 
 
-def memory_size(text: str) -> tuple[str, float]:
-    require(0 < quantity(text)[1] < math.inf, f"{text!r} must be a positive quantity such as 5B, 80GB or 80GiB")
-    return quantity(text)
-
-
 def pin(text: str) -> tuple[str, float]:
     """A coefficient and its value: c=1.6."""
     name, _, value = text.partition("=")
     require(name in NAMES, f"{text!r} is not NAME=VALUE with one of {', '.join(NAMES)}")
-    _, number = quantity(value.lstrip("+-"))
-    number *= -1 if value.startswith("-") else 1
     low, high = (0, 1e99) if name in ("a", "b", "c", "e_start", "e_max") else (-9, 9)
-    require(low <= number <= high, f"{text!r} is no value of {name}: {low} to {high}")
-    return name, number
-
-
-def holdout(text: str) -> str:
-    form = r"(loss|compute):\d{1,9}|kfold:([2-9]|[1-9]\d{1,8})|column:.+|rolling"
-    require(re.fullmatch(form, text, re.ASCII), f"{text!r} must be loss:30, compute:30, column:NAME, kfold:10, rolling")
-    return text
+    try:
+        require(low <= float(value) <= high, "")
+    except (ValueError, BadInput):
+        raise BadInput(f"{text!r} is no value of {name}: {low} to {high}") from None
+    return name, float(value)
 
 
 VERBS = {"tables": run_tables, "optimum": run_optimum, "fit": run_fit, "simulate": run_simulate, "plan": run_plan}
 KINDS = {
-    "text": str, "memory": memory_size, "pin": pin, "holdout": holdout, "form": list(FORMS), "dtype": list(BYTES),
+    "text": str, "memory": quantity, "pin": pin, "form": list(FORMS), "dtype": list(BYTES),
     "number": reader("a positive number such as 1e22 or 20B (billion), not in bytes", lambda value: value > 0),
     "from 0": reader("a number from 0", lambda value: value >= 0),
     "whole": reader("a whole number from 1 to 1,000,000", lambda value: value % 1 == 0 < value <= 1e6, int),
@@ -1058,7 +1044,7 @@ OPTIONS = """
 --pin               fit           pin       -          NAME=VALUE: hold a coefficient there, c=1.6; may be repeated
 --near              fit           number    -          only runs within so many nats of the best of their budget and E
 --noise             fit           number    -          spread of repeated runs in nats (-: of those that repeat a point)
---holdout           fit           holdout   kfold:10   loss:30 (lowest), compute:30, column:NAME, kfold:10 or rolling
+--holdout           fit           text      kfold:10   loss:30 (lowest), compute:30, column:NAME, kfold:10 or rolling
 --huber             fit           number    -          width on ln L (-: 1.345 robust deviations; the paper's is 0.01)
 --bootstrap         fit           whole     1000       refits behind the intervals
 --e_start           tables        number    2.0732     E_start of the law
@@ -1111,7 +1097,7 @@ def main(argv: list[str]) -> int:
     global VOCABULARY
     try:
         args = parse(argv)
-        require([] not in [value for name, value in vars(args).items() if name != "pin"], "a value is missing: --x=--")
+        require([] not in vars(args).values(), "a value is missing: --x=--")
         args.command = shlex.join(["python", "scaling.py", *argv])
         VOCABULARY = getattr(args, "vocab", VOCABULARY)            # law_size counts with it
         result = VERBS[args.verb](args)
