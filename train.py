@@ -1066,8 +1066,8 @@ def run(config: Config) -> int:
             "are for several processes: torchrun --standalone --nproc_per_node=2 train.py CONFIG ...")
     check_ranks(config, WORLD)
     if n > 1:
-        experts = (PLAIN if config.plain else FAST).experts
-        table = table._replace(experts=experts_of_ranks(experts, mesh(n)["experts"].get_group()))
+        inner = PLAIN if config.plain else FAST
+        table = table._replace(experts=experts_of_ranks(inner.experts, mesh(n)["experts"].get_group()))
     try:
         with contextlib.redirect_stdout(Screen()), using(table):
             train(config, *((keep_on_ranks, in_turn(RankCorpus)) if UNDER_TORCHRUN else (Run, Corpus)))
