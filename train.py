@@ -1508,7 +1508,7 @@ class RankRun(Run):
             dist.all_reduce(p.grad, group=mesh(n)["replicas"].get_group())
             p.grad /= WORLD
         own, all_parameters = {*self.split}, [*self.parameters.values()]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in all_parameters if p not in own])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in all_parameters if p not in own and p.grad is not None])
         if own:
             square = torch.nn.utils.get_total_norm([p.grad for p in self.split]).square()
             dist.all_reduce(square, group=mesh(n)["experts"].get_group())
@@ -1528,7 +1528,6 @@ class RankRun(Run):
     def write(self, line: dict) -> None:
         if RANK == 0:
             super().write(line)
-
 
     def leave(self, ce: float, bits: float) -> None:
         if RANK == 0:
