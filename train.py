@@ -2364,7 +2364,9 @@ def cost_of(loss: float, ladder: list[tuple[float, float]]) -> float | None:
     """What the loss costs on a ladder of (cost, loss), cheapest first: a straight line between two rungs, in logarithms
     of both. None beyond the ladder, where only an extrapolation would answer."""
     for (cost, high), (next_cost, low) in itertools.pairwise(ladder):
-        if high >= loss >= low:
+        if loss > high:                                                    # worse than the cheapest rung
+            return None
+        if loss >= low:
             share = math.log(high / loss) / math.log(high / low) if high > low else 0.0
             return cost * (next_cost / cost) ** share
     return None

@@ -65,6 +65,7 @@ LINE = [(100, 4.0), (400, 2.0), (1600, 1.0)]
     (4.1, LINE, None), (0.9, LINE, None),                               # beyond either end
     (2.0, [(1, 4.0), (2, 2.0), (4, 3.0), (8, 1.0)], 2),                 # up and down again: the first that reaches it
     (2.0, [(1, 2.0), (2, 2.0), (4, 1.0)], 1),
+    (2.2, [(1, 2.0), (2, 2.5), (4, 1.0)], None),                        # the cheapest rung has less already
 ])
 def test_the_cost_of_a_loss_is_a_straight_line_in_logarithms_and_nothing_beyond_the_ladder(loss, ladder, cost):
     assert t.cost_of(loss, ladder) == (cost and pytest.approx(cost))
