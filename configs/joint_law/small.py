@@ -48,12 +48,17 @@ log_interval = 50
 checkpoint_interval = 100
 
 
+def _wanted(name: str) -> bool:
+    """Is this branch still to be run, or is its trunk at hand for the next one?"""
+    return name not in _kept or Path("out", "small", name, "trunk.pt").is_file()
+
+
 def _run(E: int, d: int, ends: list[int], seed: int = 1) -> dict:
     n = d // 16                                   # blocks and heads
     rate = math.exp(_a + _b * math.log(13 * n * d**2) + _c * math.log(E))
     name = f"e{E}-d{d}" + (f"-s{seed}" if seed > 1 else "")
     return dict(name=name, group=f"E {E}", n_expert=E, d_model=d, d_expert=3 * d, n_layer=n, n_head=n, n_kv_head=n,
-                learning_rate=rate, seed=seed, branches=[end for end in ends if f"{name}-{end}" not in _kept])
+                learning_rate=rate, seed=seed, branches=[end for end in ends if _wanted(f"{name}-{end}")])
 
 
 _ends = [204_800 * 2**i for i in range(6)]
