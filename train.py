@@ -749,8 +749,7 @@ def total_steps(config: Config) -> int:
 
 
 def trunk_steps(config: Config) -> int:
-    """The step at which the decay of schedule "constant" begins: longer runs of the same rate are equal up to it.
-    0: this run has no such decay."""
+    """The step at which the decay of schedule "constant" begins: longer runs are equal up to it. 0: no such decay."""
     if config.schedule != "constant" or not config.decay:
         return 0
     last, steady = total_steps(config), replace(config, warmup=0.0, min_learning_rate=0.0)
@@ -2042,10 +2041,9 @@ def ready(waiting: list[Trial], live: list[Started]) -> Trial | None:
 def take_over_trunk(run: Trial) -> None:
     """Give a branch without a checkpoint the next shorter one's, from where that one's decay began."""
     here, there = Path(run.config.out_dir), Path(run.shorter.config.out_dir)
-    then, now = read_json(there / "config.json", "max_tokens"), as_json(run.config)
-    if (here / "ckpt.pt").is_file() or not (there / "trunk.pt").is_file() or not then:
-        return
-    if differences(then, now | {"max_tokens": then["max_tokens"]}):        # no longer the same run up to there
+    then, now = read_json(there / "config.json"), as_json(run.config)
+    same = not differences(then, now | {"max_tokens": then.get("max_tokens")})           # it may be of an older config
+    if (here / "ckpt.pt").is_file() or not (there / "trunk.pt").is_file() or not same:
         return
     write_text_file(here / "config.json", json.dumps(then | now, indent=1))
     shutil.copy(there / "log.jsonl", here)                                 # (its later lines are left out by open_run)
