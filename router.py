@@ -833,6 +833,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise BadInput(f"{message}; python {self.prog} --help lists what there is")
 
+    def parse_known_args(self, *arguments):
+        args, rest = super().parse_known_args(*arguments)
+        require([] not in vars(args).values(), "a value is missing: --name=--")      # which argparse takes for none
+        return args, rest
+
 
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's main. What the user can mend, and what the machine refuses (a file and the reason, or memory), is

@@ -410,6 +410,8 @@ def validate_run(config: Config) -> None:
     require_each(config, "seed", lambda n: n < 2**32, "be less than 2**32")
     require_each(config, "max_steps max_tokens", lambda n: n < 2**62, "be less than 2**62")
     require_each(config, "dataset tokenizer", lambda text: 0 < len(text) < 1000, "be a name of 1 to 1000 characters")
+    require_each(config, "dataset tokenizer out_dir", lambda text: text.encode(errors="ignore").decode() == text,
+                 "be text in this locale: set PYTHONUTF8=1 in the environment")
     require_each(config, "beta1 beta2", lambda x: 0 <= x < 1, "be in [0, 1)")
     for name, allowed in (("schedule", ("cosine", "constant")), ("dtype", ("float32", "bfloat16")),
                           ("data_parallel", ("ddp", "fsdp"))):
@@ -747,8 +749,7 @@ def total_steps(config: Config) -> int:
 
 
 def trunk_steps(config: Config) -> int:
-    """The step at which the decay of schedule "constant" begins: longer runs of the same rate are equal up to it.
-    0: this run has no such decay."""
+    """The step at which the decay of schedule "constant" begins: longer runs are equal up to it. 0: no such decay."""
     if config.schedule != "constant" or not config.decay:
         return 0
     last, steady = total_steps(config), replace(config, warmup=0.0, min_learning_rate=0.0)
@@ -928,7 +929,7 @@ lock.file = None
 def write_text_file(path: Path, text: str) -> None:
     if RANK == 0:
         partial = path.with_suffix(".tmp")
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="replace")
         partial.replace(path)
 
 
@@ -1064,7 +1065,8 @@ def run(config: Config) -> int:
             "are for several processes: torchrun --standalone --nproc_per_node=2 train.py CONFIG ...")
     check_ranks(config, WORLD)
     if n > 1:
-        table = table._replace(experts=experts_of_ranks(table.experts, mesh(n)["experts"].get_group()))
+        inner = PLAIN if config.plain else FAST
+        table = table._replace(experts=experts_of_ranks(inner.experts, mesh(n)["experts"].get_group()))
     try:
         with contextlib.redirect_stdout(Screen()), using(table):
             train(config, *((keep_on_ranks, in_turn(RankCorpus)) if UNDER_TORCHRUN else (Run, Corpus)))
@@ -1400,7 +1402,7 @@ def experts_of_ranks(experts: Callable, group: dist.ProcessGroup) -> Callable:
         weight = torch.zeros_like(routing.weights).flatten().scatter(0, slot, routing.weights.flatten())
         return combine(rows * weight[:, None].to(rows.dtype), routing.slot)
 
-    return over_ranks
+    return torch.compiler.disable(over_ranks)                               # rows that arrive are never as many again
 
 
 class OnRanks(nn.Module):
@@ -1505,7 +1507,7 @@ class RankRun(Run):
             dist.all_reduce(p.grad, group=mesh(n)["replicas"].get_group())
             p.grad /= WORLD
         own, all_parameters = {*self.split}, [*self.parameters.values()]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in all_parameters if p not in own])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in all_parameters if p not in own and p.grad is not None])
         if own:
             square = torch.nn.utils.get_total_norm([p.grad for p in self.split]).square()
             dist.all_reduce(square, group=mesh(n)["experts"].get_group())
@@ -1525,7 +1527,6 @@ class RankRun(Run):
     def write(self, line: dict) -> None:
         if RANK == 0:
             super().write(line)
-
 
     def leave(self, ce: float, bits: float) -> None:
         if RANK == 0:
@@ -1744,7 +1745,6 @@ import csv
 import io
 import statistics
 import subprocess
-import threading
 
 from router import FUSED, Context, check_causal
 
@@ -2041,10 +2041,9 @@ def ready(waiting: list[Trial], live: list[Started]) -> Trial | None:
 def take_over_trunk(run: Trial) -> None:
     """Give a branch without a checkpoint the next shorter one's, from where that one's decay began."""
     here, there = Path(run.config.out_dir), Path(run.shorter.config.out_dir)
-    then, now = read_json(there / "config.json", "max_tokens"), as_json(run.config)
-    if (here / "ckpt.pt").is_file() or not (there / "trunk.pt").is_file() or not then:
-        return
-    if differences(then, now | {"max_tokens": then["max_tokens"]}):        # no longer the same run up to there
+    then, now = read_json(there / "config.json"), as_json(run.config)
+    same = not differences(then, now | {"max_tokens": then.get("max_tokens")})           # it may be of an older config
+    if (here / "ckpt.pt").is_file() or not (there / "trunk.pt").is_file() or not same:
         return
     write_text_file(here / "config.json", json.dumps(then | now, indent=1))
     shutil.copy(there / "log.jsonl", here)                                 # (its later lines are left out by open_run)
@@ -2069,7 +2068,7 @@ def start(run: Trial, slot: int, parallel: int) -> Started:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    command = [sys.executable, "-u", __file__, "--run", json.dumps(asdict(run.config))]
+    command = [sys.executable, "-u", "-c", WATCHED, __file__, "--run", json.dumps(asdict(run.config))]
     with open(out / "train.log", "wb" if run.config.overwrite else "ab") as log:
         before = log.tell(), oom_kills(), time.monotonic()
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
@@ -2085,6 +2084,14 @@ def end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(3)
     os._exit(130)
+
+
+WATCHED = f"""import os, runpy, signal, sys, threading, time
+{inspect.getsource(end_with_parent)}
+threading.Thread(target=end_with_parent, daemon=True).start()
+sys.path[0], sys.argv = os.path.dirname(sys.argv[1]), sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""                                   # what a run's process runs: it watches while its packages load, too
 
 
 def train_alone(config: Config) -> int:
@@ -2595,7 +2602,6 @@ def command(argv: list[str]) -> int | None:
     if argv[:1] in (["draw"], ["trace"]):
         return {"draw": draw, "trace": trace}[argv[0]](argv[1:])
     if argv[:1] == ["--run"]:
-        threading.Thread(target=end_with_parent, daemon=True).start()
         return train_alone(Config(**json.loads(argv[1])))
     judging = argv[:1] == ["judge"]
     args, given = parse_command_line(argv[judging:])

@@ -2,6 +2,7 @@
 
     python tests/kill.py --kills=100                  forks of a process that has torch loaded, and some real processes
     python tests/kill.py --kills=10 --torchrun=2      under torchrun, two ranks, all of them killed at once
+    python tests/kill.py --kills=0                    the parents of sweeps alone
 
 A run is killed at instants drawn evenly from its whole life, with all that belongs to it: tokenisation, evaluation, a
 checkpoint and a log line every step. Killed up to four times, it is given the same command once more; its weights,
@@ -189,6 +190,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "results/faults.json")
     args = parser.parse_args()
+    args.real = min(args.real, args.kills)
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     draw, begin, found = random.Random(args.seed), time.monotonic(), {}
@@ -202,11 +204,16 @@ def main() -> None:
                        "runs_that_differ": len(wrong), "said": wrong}
         print(name, found[name], flush=True)
     sweeps = orphans(args.parents, draw) if args.parents and not args.torchrun else {}
-    before = json.loads(args.out.read_text()) if args.torchrun and args.out.is_file() else {}
-    made = {"command": " ".join(["python tests/kill.py", *sys.argv[1:]]), "seed": args.seed,
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread",
-            "torch": torch.__version__, "seconds": round(time.monotonic() - begin), "kill_9": found}
-    kept = before | {"torchrun": made} if args.torchrun else made | {"sweeps": sweeps}
+    kept = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    conditions = {"command": " ".join(["python tests/kill.py", *sys.argv[1:]]), "seed": args.seed,
+                  "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread",
+                  "torch": torch.__version__, "seconds": round(time.monotonic() - begin)}
+    if args.torchrun:
+        kept["torchrun"] = found | {"conditions": conditions}
+    elif args.kills:
+        kept |= {"conditions": conditions, "kill_9": found, "sweeps": sweeps}
+    else:
+        kept["sweeps"] = sweeps | {"conditions": conditions}
     args.out.write_text(json.dumps(kept, indent=1) + "\n")
     print(sweeps)
     bad = sweeps.get("processes_left_after_5_s") or sweeps.get("sweeps_that_differ")

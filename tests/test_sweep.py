@@ -138,7 +138,6 @@ def test_an_interrupted_sweep_saves_its_run_and_the_same_command_continues_it(co
 def test_every_way_to_run_out_of_memory_is_one_exit_code_and_no_other_error_is(monkeypatch, capsys, error, code):
     """An empty tensor of 2**52 numbers: the CPU allocator's own words."""
     monkeypatch.setattr(t, "run", lambda config: Mock(side_effect=error)() if isinstance(error, Exception) else error())
-    monkeypatch.setattr(t, "end_with_parent", lambda: None)
     monkeypatch.setattr(sys, "argv", ["train.py", "--run", json.dumps(asdict(t.Config(device="cpu")))])
     with pytest.raises(RuntimeError if code is None else SystemExit) as leave:
         m.run_script(t.main)

@@ -2,11 +2,12 @@
 #
 # Source    "Joint MoE Scaling Laws" (Ludziejewski 2025): Switch top-1 with capacity 1 in training, dropless evaluation,
 #           initialisation of scale 0.1, a batch that grows, a constant rate with branches; see paper.py.
-# Here      1, 4 and 16 experts at four sizes, 2 and 8 at two; five token counts each as branches of one trunk; three
-#           points with two more seeds. Rates by results/joint_law/rates.json, the fit of rates.py's grid.
+# Here      1, 4 and 16 experts at four sizes, 2 and 8 at two; five token counts each as branches of one trunk, six at
+#           the two smallest sizes; three points with two more seeds. Rates by results/joint_law/rates.json, the fit of
+#           rates.py's grid.
 # Run       python train.py configs/joint_law/small.py --parallel=2, then python results/joint_law/collect.py
 #           A branch whose row stands in results/joint_law/runs.csv is left out; LADDER=all in the environment: none is.
-# Scale     bytes of Python source, 68M in all with each trunk paid once; no run sees a byte twice.
+# Scale     bytes of Python source, 91M in all with each trunk paid once; no run sees a byte twice.
 
 import csv
 import json
@@ -47,18 +48,23 @@ log_interval = 50
 checkpoint_interval = 100
 
 
+def _wanted(name: str) -> bool:
+    """Is this branch still to be run, or is its trunk at hand for the next one?"""
+    return name not in _kept or Path("out", "small", name, "trunk.pt").is_file()
+
+
 def _run(E: int, d: int, ends: list[int], seed: int = 1) -> dict:
     n = d // 16                                   # blocks and heads
     rate = math.exp(_a + _b * math.log(13 * n * d**2) + _c * math.log(E))
     name = f"e{E}-d{d}" + (f"-s{seed}" if seed > 1 else "")
     return dict(name=name, group=f"E {E}", n_expert=E, d_model=d, d_expert=3 * d, n_layer=n, n_head=n, n_kv_head=n,
-                learning_rate=rate, seed=seed, branches=[end for end in ends if f"{name}-{end}" not in _kept])
+                learning_rate=rate, seed=seed, branches=[end for end in ends if _wanted(f"{name}-{end}")])
 
 
-_ends = [204_800 * 2**i for i in range(5)]
-_sizes = {32: (1, 2, 4, 8, 16), 48: (1, 4, 16), 64: (1, 2, 4, 8, 16), 80: (1, 4, 16)}
-runs = [_run(E, d, _ends) for d, experts in _sizes.items() for E in experts]
-runs[8:8] = [_run(E, d, [819_200], seed) for E, d in ((1, 32), (4, 48), (16, 64)) for seed in (2, 3)]
+_ends = [204_800 * 2**i for i in range(6)]
+_sizes = {16: (1, 4, 16), 32: (1, 2, 4, 8, 16), 48: (1, 4, 16), 64: (1, 2, 4, 8, 16)}
+runs = [_run(E, d, _ends[:6 if d < 48 and E in (1, 4, 16) else 5]) for d, experts in _sizes.items() for E in experts]
+runs += [_run(E, d, [819_200], seed) for E, d in ((1, 32), (4, 48), (16, 64)) for seed in (2, 3)]
 runs = [run for run in runs if run["branches"]]
 if not runs:
     raise SystemExit(f"every run of the ladder stands in {_results}/runs.csv; LADDER=all runs it again")

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 ALONE, TWO = "{python} train.py", "{python} -m torch.distributed.run --standalone --nproc_per_node=2 train.py"
-SPEED = "configs/tiny.py --micro_batch=4 --max_steps=60 --log_interval=20 --eval_interval=1000 --eval_tokens=4096"
+SPEED = "configs/tiny.py --micro_batch=4 --max_steps=45 --log_interval=15 --eval_interval=1000 --eval_tokens=4096"
 BATCH = {"whole": "--batch_tokens=4096", "half": "--batch_tokens=2048"}       # 2 micro-batches, or 1
 LARGE = ("configs/tiny.py --n_expert=64 --d_expert=512 --d_model=256 --d_head=32 --seq_len=128 --micro_batch=1 "
          "--max_steps=4 --log_interval=1 --eval_interval=1000 --eval_tokens=128")
@@ -39,8 +39,8 @@ def logs(commands: list[str]) -> list[list[dict]]:
 
 
 def speed(log: list[dict]) -> float:
-    """Tokens a second after the first twenty steps, in which memory is first touched."""
-    steps = [line for line in log if "tokens_per_s" in line and line["step"] >= 20]
+    """Tokens a second after the first fifteen steps, in which memory is first touched."""
+    steps = [line for line in log if "tokens_per_s" in line and line["step"] >= 15]
     return statistics.median(line["tokens_per_s"] for line in steps)
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     silent = f"{ALONE} {SPEED} {BATCH['half']}"
     modes = {mode: f"{TWO} {SPEED} {BATCH['whole']} {flags}" for mode, flags in MODES.items()}
     found = {"one process": [], "silent": [], **{mode: [] for mode in modes}}
-    for _ in range(3):                                                    # in turns: the machine wanders
+    for _ in range(2):                                                    # in turns: the machine wanders
         found["one process"].append(speed(logs([alone])[0]))
         found["silent"].append(sum(map(speed, logs([silent, silent]))))
         for mode, command in modes.items():
