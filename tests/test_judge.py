@@ -19,7 +19,7 @@ import train as t
 
 FIELDS = SHARED | dict(eval_interval=1000, log_interval=5, checkpoint_interval=1000)
 LADDER = "[dict(name=f'base-{steps}', group='base', max_steps=steps) for steps in (10, 20, 40)]"
-ROUTING = {"load_max_over_mean": 1.5, "dead_experts": 3, "entropy": 1.25}
+ROUTING = {"step": 1, "tokens": 1, "seconds": 1, "load_max_over_mean": 1.5, "dead_experts": 3, "entropy": 1.25}
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
@@ -157,7 +157,7 @@ def test_the_other_verdicts_and_an_idea_that_looks_ahead_or_has_no_experts(judge
     climb({name: int(value) if value.isdigit() else value for name, value in given.items()}, BASE, [*BASE[:2], last])
     if "n_expert" in given:
         for log in Path("out/sweep").glob("top_k*/log.jsonl"):
-            log.write_text('{"ce": 2.0}\n')
+            log.write_text('{"step": 1, "ce": 2.0}\n')
     assert says in judge(*(f"--{word}" for word in flag.split("+")))[1].replace("-0.0000 ±", "+0.0000 ±")
 
 
