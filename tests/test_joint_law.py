@@ -124,3 +124,12 @@ def test_the_best_numbers_of_experts_are_those_of_the_law():
         assert losses == f"{some[0]['loss']:.2f}, {some[0]['dense']:.2f}"
         N, E = some[0]["n_active"], some[0]["best"]
         assert scaling.Law(*laws[0]).loss(N, float(flops) / (6 * N), E) == pytest.approx(some[0]["loss"])
+
+
+def test_the_readme_says_of_it_what_the_page_does():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    rows, fit = read("runs.csv"), read("fit.json")
+    models = {(row["d_model"], row["n_expert"]) for row in rows}
+    assert f"{len(rows)} runs of {len(models)} models" in readme
+    assert re.search(r"[\d.]+ times the noise", fit["lack_of_fit"])[0] in readme
+    assert {row["best"] for row in read("best.json") if row["memory"] is None} == {16}
