@@ -18,18 +18,20 @@ import scaling
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 HERE = Path(__file__).parent
 VOCABULARY = 264
-WIDTHS = np.geomspace(16, 160, 400)              # d_model, where the best models are looked for; blocks are d / 16
+LATE = 800_000                                   # tokens from which on the runs are fitted (late.csv)
+WIDTHS = np.geomspace(16, 80, 300)               # d_model, where the best models are looked for; blocks are d / 16
 BUDGETS = 3e11, 1e12, 3e12                       # 6 N D
-MEMORIES = 1e5, 3e5, 1e6, 3e6                    # parameters in all
+MEMORIES = 1e5, 3e5                              # parameters in all
 
 
 def sizes(d: Array, E: Array) -> tuple[Array, Array]:
     """Active and total parameters of the ladder's models, as the paper counts."""
     tables, block = 2 * d * VOCABULARY, d**3 / 16
-    return tables + 13 * block, tables + (4 + 9 * E) * block
+    return tables + 13 * block + 0 * E, tables + (4 + 9 * E) * block
 
 
 def measured() -> dict[tuple[int, int], list[tuple[float, float]]]:
@@ -42,18 +44,19 @@ def measured() -> dict[tuple[int, int], list[tuple[float, float]]]:
 
 
 def draw_fit(laws: Array, runs: dict, path: Path) -> None:
-    """A panel an E: the law against tokens at each size with its 90% band, and the runs."""
+    """A panel an E: the law against tokens at each size with its 90% band, and the runs; those not fitted are open."""
     experts, widths = (sorted({key[i] for key in runs}) for i in (0, 1))
     figure, panels = plt.subplots(1, len(experts), figsize=(3 * len(experts), 3.4), sharey=True, layout="constrained")
-    D = np.geomspace(1.5e5, 5e6, 60)
+    D = np.geomspace(1.8e5, 7.5e6, 60)
     for axes, E in zip(panels, experts):
         for i, d in enumerate(widths):
             if (E, d) in runs:
                 losses = scaling.many(laws).loss(sizes(d, E)[0], D, E)
                 axes.fill_between(D, *np.quantile(losses[1:], [0.05, 0.95], axis=0), color=f"C{i}", alpha=0.2, lw=0)
                 axes.plot(D, losses[0], color=f"C{i}", lw=1, label=f"d {d}, {sizes(d, E)[0] / 1e3:.0f}K active")
-                axes.plot(*zip(*runs[E, d]), "o", color=f"C{i}", ms=3.5)
-        axes.set(xscale="log", xlabel="training tokens", title=f"E = {E}")
+                for tokens, loss in runs[E, d]:
+                    axes.plot(tokens, loss, "o", color=f"C{i}", ms=4, mfc=f"C{i}" if tokens >= LATE else "none")
+        axes.set(xscale="log", xlabel="training tokens", title=f"E = {E}", ylim=(1.25, 2.8))
         axes.legend(frameon=False, fontsize=7)
     panels[0].set_ylabel("validation loss, nats a byte")
     save(figure, path)
@@ -68,7 +71,7 @@ def draw_isoflop(laws: Array, path: Path) -> None:
             losses = scaling.many(laws).loss(N, flops / (6 * N), E)
             axes.fill_between(N, *np.quantile(losses[1:], [0.05, 0.95], axis=0), color=f"C{i}", alpha=0.2, lw=0)
             axes.plot(N, losses[0], color=f"C{i}", label=f"E = {E}")
-        axes.set(xscale="log", xlabel="active parameters", title=f"{flops:.0e} FLOPs")
+        axes.set(xscale="log", xlabel="active parameters", title=f"{flops:.0e} FLOPs", ylim=(1.2, 2.3))
     panels[0].legend(frameon=False)
     panels[0].set_ylabel("loss by the law, nats a byte")
     save(figure, path)
@@ -106,7 +109,7 @@ def draw_rates(rates: dict, path: Path) -> None:
     for E, style in ((1, "-"), (4, "--"), (16, ":")):
         right.plot(N, np.exp(a + b * np.log(N) + c * np.log(E)), "k" + style, lw=1, label=f"with E: E = {E}")
     a, b = rates["without_experts"]["coefficients"]
-    right.plot(N, np.exp(a + b * np.log(N)), color="0.6", label="without E")
+    right.plot(N, np.exp(a + b * np.log(N)), color="0.8", lw=5, zorder=0, label="without E (as with E = 4)")
     left.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss, nats a byte")
     right.set(xscale="log", yscale="log", xlabel="active parameters without embeddings", ylabel="best rate")
     for axes in (left, right):
@@ -116,6 +119,7 @@ def draw_rates(rates: dict, path: Path) -> None:
 
 def save(figure, path: Path) -> None:
     for axes in figure.axes:
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
