@@ -434,7 +434,8 @@ def ramp(config: Config) -> list[tuple[int, int]]:
         require(len(numbers) == 2 * len(config.batch_tokens) > 0,
                 f"batch_tokens = {config.batch_tokens}: a ramp is a list of (from token, tokens a step) pairs")
         return [(int(start), int(batch)) for start, batch in pairs]
-    return [(0, config.batch_tokens or config.micro_batch * config.seq_len * WORLD)]
+    unit = config.micro_batch * config.seq_len * WORLD
+    return [(0, unit if config.batch_tokens is None else config.batch_tokens)]
 
 
 TYPES = typing.get_type_hints(Config)
@@ -2594,7 +2595,8 @@ def numbers(value: Tensor | tuple, n_token: int) -> str:
 def main(argv: list[str]) -> None:
     with ranks():
         code = command(argv)
-    sys.exit(code or 0)
+    if code:
+        sys.exit(code)
 
 
 def command(argv: list[str]) -> int | None:

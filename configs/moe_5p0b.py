@@ -4,7 +4,7 @@
 n_layer, d_model, n_head, n_kv_head, d_head = 16, 1024, 16, 16, 64
 n_expert, d_expert, router, top_k = 32, 3 * 1024, "switch", 1
 capacity_factor, init_scale = 1.0, 0.1
-vocab_size, tie_embeddings, tokenizer = 50_257, False, "gpt2"
+vocab_size, tie_embeddings = 50_257, False
 seq_len = 512
 
 micro_batch = 1

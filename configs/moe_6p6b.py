@@ -3,7 +3,7 @@
 
 n_layer, d_model, n_head, n_kv_head, d_head = 21, 1536, 12, 4, 128
 n_expert, d_expert, top_k = 64, 1024, 8
-vocab_size, tokenizer = 50_304, "gpt2"
+vocab_size = 50_304
 seq_len = 2048
 
 micro_batch = 1

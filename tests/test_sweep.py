@@ -376,6 +376,11 @@ BRANCHES = dict(max_steps=1000, schedule="constant", decay=0.5, warmup=256, batc
 
 
 @pytest.fixture
+def corpus():
+    write_corpus(40)
+
+
+@pytest.fixture
 def in_process(monkeypatch):
     """The runs of a sweep train in this process, one behind the other; `in_process` lists their names."""
 

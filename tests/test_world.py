@@ -46,3 +46,15 @@ def test_bytes_by_hand():
     held, sent = train.on_one_rank(train.replace(c, data_parallel="fsdp"), 4)
     assert held["optimizer"] == 8 * whole / 4 and sent["reduce-scatter"] == 4 * whole * 3 / 4
     assert sent["all-gather"] == 2 * sent["reduce-scatter"] and sent["all-reduce"] == 0
+
+
+def test_the_page_s_measurements_are_those_of_its_json():
+    found = json.loads((ROOT / "results/distributed/measured.json").read_text())
+    mean = {mode: sum(runs) / len(runs) for mode, runs in found["tokens_per_s"].items()}
+    peak = found["peak_memory_of_a_rank"]
+    for mode, speed in mean.items():
+        row = f"| {mode} | {speed:,.0f} | {speed / mean['one process']:.2f} | "
+        if mode in peak:
+            row += (f"{1 - speed / mean['silent']:.0%} | {peak[mode] / 2**30:.2f} | {peak[mode] / peak['ddp']:.2f} |")
+        assert row in PAGE
+    assert peak["experts / 2"] <= 0.65 * peak["ddp"]
