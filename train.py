@@ -2604,7 +2604,7 @@ def command(argv: list[str]) -> int | None:
     if argv[:1] in (["draw"], ["trace"]):
         return {"draw": draw, "trace": trace}[argv[0]](argv[1:])
     if argv[:1] == ["--run"]:
-        return train_alone(Config(**json.loads(argv[1])))
+        sys.exit(train_alone(Config(**json.loads(argv[1]))))
     judging = argv[:1] == ["judge"]
     args, given = parse_command_line(argv[judging:])
     runs = in_turn(read_judged if judging else read_runs)(args.config, given, args.seeds, args.scale)

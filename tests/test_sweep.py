@@ -389,7 +389,7 @@ def in_process(monkeypatch):
             config = t.Config(**json.loads(command[-1]))
             started.append(Path(config.out_dir).name)
             print(f"{started[-1]}: ", end="")
-            self.returncode = t.train_alone(config)
+            self.returncode, self.stdin = t.train_alone(config), Mock()
 
         def poll(self):
             return self.returncode
