@@ -1646,8 +1646,9 @@ def draw_experts(loads: list[dict], out: Path) -> None:
     top.suptitle(f"{out.name}: who does the work", fontsize=10)
     top.supylabel("expert", fontsize=9)
     top.colorbar(image, ax=axes, label="share of tokens / even share", shrink=0.8, extend="max")
-    lines = [x for x in read_log(out) if x.get("load_max_over_mean") is not None and {"entropy", "dead_experts"} <= {*x}]
-    for axis, name, label in zip(bottom.subplots(1, 3), ("load_max_over_mean", "entropy", "dead_experts"), (
+    names = ("load_max_over_mean", "entropy", "dead_experts")
+    lines = [x for x in read_log(out) if all(x.get(name) is not None for name in names)]
+    for axis, name, label in zip(bottom.subplots(1, 3), names, (
             "busiest expert, x even share", "entropy of the scores, nats", "experts without a token, all layers")):
         axis.plot([x["tokens"] / 1e6 for x in lines], [x[name] for x in lines], linewidth=0.8)
         axis.set_title(label, fontsize=9)
