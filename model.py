@@ -990,7 +990,7 @@ def convert(name: str, value, kind: type):
     fits = type(value) in allowed and not (isinstance(value, float) and not math.isfinite(value))
     wanted = " or ".join(t.__name__ for t in allowed)
     require(fits, f"{name} = {value!r} must be {wanted.replace('NoneType', 'None')}")
-    return whole_groups(value) if list in allowed and name == "expert_groups" and value is not None else value
+    return whole_groups(value) if list in allowed and name.startswith("expert_groups") and value is not None else value
 
 
 def validate(config: ModelConfig) -> None:
