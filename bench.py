@@ -18,8 +18,8 @@ it could cost: its bytes through a plain copy, or its matrix products and attent
     hardware  what fits cards of 8 to 192 GB, and the least time a step takes there: data sheets, nothing is run
     gpu       all that a GPU has to tell, tests included, part by part into DIR/gpu.json; on a CPU every part small
 
-FILE is a config for step, decode, memory, hardware; of a sweep, decode ranks every architecture and memory takes
-every cell. --peers adds, with the same weights, transformers' Qwen3-MoE in its expert implementations
+FILE (or --config FILE) is a config for step, decode, memory, hardware; of a sweep, decode ranks every architecture and
+memory takes every cell. --peers adds, with the same weights, transformers' Qwen3-MoE in its expert implementations
 (step, decode) and, on a GPU, liger-kernel's experts and loss (layer, loss); one that is missing is named. --keep_memory
 times everything under train.py's way with freed memory. `python results/draw.py X.json` draws what --json wrote.
 
@@ -54,6 +54,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import (
     CARDS,
@@ -76,8 +77,31 @@ from model import (
     using,
     weight_gradient,
 )
-from router import Parser, balance_loss, combine, gather, place, require, run_script, tiling, triton, z_loss
-from train import Config, free_memory, keep_freed_memory, load_runs, peak_flops, peak_memory, ramp, read_config
+from router import (
+    Parser,
+    balance_loss,
+    combine,
+    gather,
+    place,
+    require,
+    route,
+    run_script,
+    tiling,
+    triton,
+    use_kernels,
+    z_loss,
+)
+from train import (
+    Config,
+    free_memory,
+    keep_freed_memory,
+    load_runs,
+    parameter_groups,
+    peak_flops,
+    peak_memory,
+    ramp,
+    read_config,
+)
 
 ROOT = Path(__file__).parent
 GPU = torch.cuda.is_available()
@@ -88,8 +112,6 @@ noise = partial(torch.randn, device=DEVICE, dtype=DTYPE)
 autocast = partial(torch.autocast, DEVICE, dtype=torch.bfloat16, enabled=GPU)
 ROUNDS = 200                      # at most, of a comparison
 Calls = dict[str, Callable]       # the candidates of a benchmark by name; calling one runs it once
-FORWARD = "forward"
-BOTH = "forward + backward"
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -126,23 +148,28 @@ def replayed(calls: list[Callable]) -> float:
     their own, find less of them in the cache. For work under a millisecond, where starting it takes as long."""
     if not GPU:
         return statistics.median(clock(run) for run in calls * 3)
+
+    def each():
+        for run in calls:
+            run()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        each()                                                    # compiles
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    for around in (torch.cuda.stream(torch.cuda.Stream()), torch.cuda.graph(graph)):        # the first time compiles
-        torch.cuda.synchronize()
-        with around:
-            for run in calls:
-                run()
+    with torch.cuda.graph(graph):
+        each()
     return statistics.median(clock(graph.replay) for _ in range(20)) / len(calls)
 
 
 def timed(calls: Calls, seconds=4.0, **amounts) -> list[dict]:
     """A row a candidate: its median seconds, their spread, each amount (of tokens, say) a second, its share of the
     candidate named "floor...", and how many times faster the faster of those named "ours..." is."""
-    spent = 0.0
-    for name, run in calls.items():
-        run()                                                     # may compile, and does not count; nor does the second
-        spent += (once := clock(run))
-        print(f"... {name}: once {once:.3g} s", flush=True)
+    for run in calls.values():                                    # a first round, which may compile, does not count
+        run()
+    spent = sum(map(clock, calls.values()))                       # nor does the second: it says how many there can be
     rounds = min(ROUNDS, max(5, int(seconds * len(calls) / spent)))
     turns = [[clock(run) for run in calls.values()] for _ in range(rounds)]
     rows = []
@@ -212,7 +239,7 @@ def filled(module: nn.Module) -> nn.Module:
     return module.to(DEVICE)
 
 
-def products(shapes, n, rows=0, outer=weight_gradient) -> Callable:
+def products(shapes, n, rows=0) -> Callable:
     """The three products, forward and both gradients, of each weight (o, i) with n tokens, and of each of the experts
     (e, o, i) with `rows` rows each, by the faster library."""
     linears = []
@@ -224,7 +251,7 @@ def products(shapes, n, rows=0, outer=weight_gradient) -> Callable:
         for x, w, dy, dw in linears:
             FAST.linear(x, w)
             FAST.linear(dy, w.t())
-            outer(dy, x, dw)
+            weight_gradient(dy, x, dw)
 
     return run
 
@@ -240,26 +267,29 @@ def memory_rates() -> tuple[float, float]:
 # --- route ----------------------------------------------------------------------------------------
 
 def bench_route(args) -> dict:
-    """Each router on logits (n, e), forward and with backward. Floor: the kernels' bytes at the rate of a copy."""
     n = 16_384 if GPU else 4096
     rate, _ = memory_rates()
-    rows = []
-    for e, k in ((16, 4), (128, 8)):
-        config = ModelConfig(top_k=k)
-        logits = torch.randn(n, e, device=DEVICE, requires_grad=True)
-        routers = {"naive": naive_route, "definition": PLAIN.route}
-        routers |= {"kernels": FAST.route} if GPU and triton else {}
-        expected = PLAIN.route(logits, config).weights
-        for name, router in routers.items():
-            compare(name, expected, router(logits, config).weights, 1e-5)
-        for passes, moved in bytes_moved(n, e, k).items():
-            group = timed({f"E={e} K={k} {name}, {passes}": partial(run_route, router, logits, config, passes == BOTH)
-                           for name, router in routers.items()})
-            rows += [r | {"speedup_over_naive": group[0]["seconds"] / r["seconds"], "floor_megabytes": moved / 1e6,
-                          "share_of_floor": moved / rate / r["seconds"]} for r in group]
+    rows = route_rows(n, 16, 4, rate) + route_rows(n, 128, 8, rate)
     return report(f"route, N = {n}, a copy moves {rate / 1e9:.1f} GB/s",
                   "seconds spread speedup_over_naive floor_megabytes share_of_floor", rows,
                   n_token=n, copy_bytes_per_s=rate)
+
+
+def route_rows(n, e, k, rate) -> list[dict]:
+    """Each router on logits (n, e), forward and with backward. Floor: the kernels' bytes at a copy's rate, bytes/s."""
+    config = ModelConfig(top_k=k)
+    logits = torch.randn(n, e, device=DEVICE, requires_grad=True)
+    routers = {"naive": naive_route, "definition": route}
+    routers |= {"kernels": FAST.route} if use_kernels(logits) else {}
+    for name, router in routers.items():
+        compare(name, route(logits, config).weights, router(logits, config).weights, 1e-5)
+    rows = []
+    for passes, moved in bytes_moved(n, e, k).items():
+        group = timed({f"E={e} K={k} {name}, {passes}": partial(run_route, router, logits, config, "backward" in passes)
+                       for name, router in routers.items()})
+        rows += [r | {"speedup_over_naive": group[0]["seconds"] / r["seconds"], "floor_megabytes": moved / 1e6,
+                      "share_of_floor": moved / rate / r["seconds"]} for r in group]
+    return rows
 
 
 def naive_route(logits: Tensor, config: ModelConfig) -> SimpleNamespace:
@@ -289,7 +319,7 @@ def kernel_bytes(n, e, k) -> dict[str, int]:
 
 def bytes_moved(n, e, k) -> dict[str, int]:
     each = kernel_bytes(n, e, k)
-    return {FORWARD: sum(each.values()) - each["route_bwd"], BOTH: sum(each.values())}
+    return {"forward": sum(each.values()) - each["route_bwd"], "forward + backward": sum(each.values())}
 
 
 # --- layer ----------------------------------------------------------------------------------------
@@ -310,7 +340,7 @@ def bench_layer(args) -> dict:
     calls |= whole_layers(x[None], layers[32], args.peers)
     calls["floor: matrix products"] = products([(8, 2 * f, d), (8, d, f)], n, n * k // 8)
     rows = timed(calls, rows=n * k, flops=18 * n * k * d * f)
-    return report(f"layer, {BOTH}, N = {n}, D = {d}, F = {f}, K = {k}",
+    return report(f"layer, forward + backward, N = {n}, D = {d}, F = {f}, K = {k}",
                   "seconds spread rows_per_s share_of_floor", rows, shape={"N": n, "D": d, "F": f, "K": k})
 
 
@@ -372,10 +402,16 @@ def bench_loss(args) -> dict:
     agree(losses, x, 1e-3)
     steps = {name: partial(forward_backward, loss, x, weight) for name, loss in losses.items()}
     extra = {name: extra_memory(step) for name, step in steps.items()} if GPU else {}
-    # For a head oneDNN's product is the slower one, so its weight's gradient is torch's.
-    steps["floor: matrix products"] = products([(v, d)], n, outer=lambda dy, x, dw: torch.mm(dy.t(), x))
-    rows = [r | {"extra_gib": extra.get(r["name"])} for r in timed(steps, tokens=n)]
-    return report(f"loss, {BOTH}, N = {n}, D = {d}, V = {v}",
+    head, dy = noise(v, d), noise(n, v)
+
+    def floor():
+        FAST.linear(x.detach(), head)
+        FAST.linear(dy, head.t())
+        torch.mm(dy.t(), x.detach())        # not `weight_gradient`: for a head oneDNN's way is the slower one
+
+    rows = timed(steps | {"floor: matrix products": floor}, tokens=n)
+    rows = [r | {"extra_gib": extra.get(r["name"])} for r in rows]
+    return report(f"loss, forward + backward, N = {n}, D = {d}, V = {v}",
                   "seconds spread tokens_per_s share_of_floor extra_gib", rows, shape={"N": n, "D": d, "V": v})
 
 
@@ -404,7 +440,7 @@ STEP = {         # two sizes on a CPU; a GPU takes the recommended model
 
 
 def bench_step(args) -> dict:
-    path = args.file or (LARGE if GPU else None)
+    path = args.config or (LARGE if GPU else None)
     sizes = {path: read_config(path)} if path else STEP
     return {"results": [step_of(name, config, args.peers) for name, config in sizes.items()]}
 
@@ -414,26 +450,25 @@ def step_of(name, config: ModelConfig, peers) -> dict:
     tokens = torch.randint(0, config.vocab_size, (BATCH, config.seq_len + 1), device=DEVICE)
     ours, twin = (Model(config).init_weights(0).to(DEVICE) for _ in range(2))
     steps = {"ours": ours_step(ours, ours, tokens),
-             "ours, compiled": ours_step(twin, torch.compile(twin, dynamic=False), tokens, COMPILED),
-             "floor: products + attention": model_products(config, BATCH)}
-    theirs = transformers_steps(ours, tokens) if peers else iter(())
-    # A GPU of 80 GB holds one peer at a time. The first is compared with our weights as they are now.
-    rows = timed(steps | dict(itertools.islice(theirs, 1 if GPU else None)), 20.0, tokens=BATCH * config.seq_len)
-    del twin
-    steps = {"ours": steps["ours"]}
-    for peer in theirs:
-        rows += timed(steps | dict([peer]), 10.0, tokens=BATCH * config.seq_len)[1:]
-        del peer
-    rows = [r | {"mfu": mfu(config, r["tokens_per_s"])} for r in rows]
+             "ours, compiled": ours_step(twin, torch.compile(twin, dynamic=False), tokens, COMPILED)}
+    steps["floor: products + attention"] = model_products(config, BATCH)
+    theirs = transformers_steps(ours, tokens) if peers else ()
+    if GPU:                                                       # one peer after the other: 80 GB hold no more
+        first = list(itertools.islice(theirs, 1))                 # compared with our weights as they are now
+        rows = timed(steps | dict(first), 20.0, tokens=BATCH * config.seq_len)
+        steps = {"ours": steps["ours"]}
+        del twin, first
+        for name, peer in theirs:
+            rows += timed(steps | {name: peer}, 10.0, tokens=BATCH * config.seq_len)[1:]
+            del peer
+    else:
+        rows = timed(steps | dict(theirs), 20.0, tokens=BATCH * config.seq_len)
+    flops = count(config)["flops_per_token"]
+    peak = peak_flops(SimpleNamespace(device=DEVICE, dtype="bfloat16"))
+    rows = [r | {"mfu": flops * r["tokens_per_s"] / peak if peak else None} for r in rows]
     return report(f"step, {name}, {BATCH} x {config.seq_len}",
                   "seconds spread tokens_per_s ours_is_faster_by share_of_floor mfu", rows, name=name, batch=BATCH,
-                  seq_len=config.seq_len, flops_per_token=count(config)["flops_per_token"])
-
-
-def mfu(config: ModelConfig, tokens_per_s) -> float | None:
-    """The share of the GPU's bfloat16 peak, where it is known."""
-    peak = peak_flops(SimpleNamespace(device=DEVICE, dtype="bfloat16"))
-    return peak and count(config)["flops_per_token"] * tokens_per_s / peak
+                  seq_len=config.seq_len, flops_per_token=flops)
 
 
 def ours_step(model: Model, call: Callable, tokens: Tensor, ops=FAST) -> Callable:
@@ -443,11 +478,11 @@ def ours_step(model: Model, call: Callable, tokens: Tensor, ops=FAST) -> Callabl
         out = call(tokens[:, :-1], tokens[:, 1:])
         return out.ce + model.config.aux_coef * out.balance + model.config.z_coef * out.z
 
-    return optimizer_step(model, loss, ops)
+    return optimizer_step(model, loss, parameter_groups(model, 0.1), ops)
 
 
-def optimizer_step(model: nn.Module, loss: Callable, ops=FAST) -> Callable:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+def optimizer_step(model: nn.Module, loss: Callable, groups, ops=FAST) -> Callable:
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.1, fused=True)
 
     def step():
         with using(ops), autocast():
@@ -530,14 +565,14 @@ WRITTEN = 100       # tokens written
 
 def bench_decode(args) -> dict:
     """One model at batch 1 and 16, eager and compiled; of a sweep every architecture at batch 1, by tokens/s."""
-    config, *more = load_runs(args.file) if args.file else STEP.values()
+    config, *more = load_runs(args.config) if args.config else [ModelConfig(vocab_size=256)]
     _, rate = memory_rates()
-    if args.file and more:
-        rows = [decode_row(run, rate) for run in distinct([config, *more], shape)]
+    if more:
+        runs = distinct([config, *more], shape)
+        rows = sorted((decode_row(run, rate) for run in runs), key=lambda r: -r["tokens_per_s"])
         columns = "total_millions active_millions load_seconds first_token_seconds tokens_per_s spread share_of_floor"
-        return report(f"decode, {args.file}: greedy, batch 1, {PROMPT} tokens read, {WRITTEN} written", columns,
-                      sorted(rows, key=lambda r: -r["tokens_per_s"]), name=args.file, read_bytes_per_s=rate,
-                      prompt_tokens=PROMPT, tokens=WRITTEN)
+        return report(f"decode, {args.config}: greedy, batch 1, {PROMPT} tokens read, {WRITTEN} written", columns, rows,
+                      name=args.config, read_bytes_per_s=rate, prompt_tokens=PROMPT, tokens=WRITTEN)
     ours, load = ready(config, 1024)
     loaded = transformers_model(ours) if args.peers else None
     theirs = loaded and loaded.to(DEVICE, DTYPE).eval()
@@ -589,7 +624,7 @@ def decode_row(run: Config, rate) -> dict:
     total, active = (count(run)[name] for name in ("total", "active"))
     model, load = ready(run, PROMPT + WRITTEN + 1)
     prompt = torch.randint(0, run.vocab_size, (1, PROMPT), device=DEVICE)
-    first, whole = timed({f"{n} tokens": partial(our_tokens, model, prompt, n) for n in (1, 1 + WRITTEN)})
+    first, whole = timed({str(n): partial(our_tokens, model, prompt, n) for n in (1, 1 + WRITTEN)})
     per_s = WRITTEN / (whole["seconds"] - first["seconds"])
     return whole | {"name": model_name(run), "tokens_per_s": per_s, "first_token_seconds": first["seconds"],
                     "load_seconds": load, "total_millions": total / 1e6, "active_millions": active / 1e6,
@@ -598,10 +633,7 @@ def decode_row(run: Config, rate) -> dict:
 
 def distinct(runs: list[Config], key: Callable) -> list[Config]:
     """The first run of each key: a sweep may repeat a model for other seeds or another training."""
-    first = {}
-    for run in runs:
-        first.setdefault(key(run), run)
-    return [*first.values()]
+    return [run for i, run in enumerate(runs) if key(run) not in map(key, runs[:i])]
 
 
 def shape(run: Config) -> str:
@@ -618,7 +650,7 @@ def model_name(run: Config) -> str:
 
 def bench_memory(args) -> dict:
     """Each cell (micro-batch x context): our estimate, and the peak measured here."""
-    path = args.file or (LARGE if GPU else "configs/tiny.py")
+    path = args.config or (LARGE if GPU else "configs/tiny.py")
     cells = memory_cells(load_runs(path), args.cell)
     rows = [memory_row(config, args.estimate) for config in cells]
     if len(distinct(cells, shape)) > 1:
@@ -682,12 +714,15 @@ BATCHES = [2**i for i in range(11)]           # 1 to 1,024
 
 def bench_hardware(args) -> dict:
     """What fits each card, by the memory estimate in bfloat16, and the least time one optimizer step takes there."""
-    path = args.file or LARGE
+    path = args.config or LARGE
     config = read_config(path)
-    batch_tokens = ramp(config)[-1][1]
+    batch_tokens = ramp(config)[-1][1] if args.batch_tokens is None else args.batch_tokens
+    require(batch_tokens > 0 and batch_tokens % config.seq_len == 0,
+            f"--batch_tokens {batch_tokens} must be a multiple of {path}'s seq_len = {config.seq_len}")
+    cards = CARDS | dict(map(read_card, args.card or []))
     need = {(t, b): memory(replace(config, seq_len=t), b, "bfloat16")
             for t in {*CONTEXTS, config.seq_len} for b in BATCHES}
-    rows = [card_row(name, CARDS[name], config, batch_tokens, need) for name in sorted(CARDS, key=CARDS.get)]
+    rows = [card_row(name, cards[name], config, batch_tokens, need) for name in sorted(cards, key=cards.get)]
     kept = f"of each card {RESERVE / 1e9:g} GB is kept"
     result = report(f"hardware, {path}, bfloat16, {batch_tokens:,} tokens a step; {kept}",
                     "gb longest_context largest tokens run estimate_gb compute_s traffic_s floor_s", rows,
@@ -695,6 +730,19 @@ def bench_hardware(args) -> dict:
     print("longest_context: at batch 1. largest: batch x context, the context first (up to seq_len), then the batch.\n"
           "run: batch x context x accumulation to the step's tokens. floor: the larger of products and memory traffic.")
     return result
+
+
+def read_card(text) -> tuple[str, Card]:
+    """A card from the command line, "name,GB,GB/s,TFLOP/s", as CARDS has it."""
+    name, *numbers = text.split(",")
+    try:
+        values = [float(n) for n in numbers]
+    except ValueError:
+        values = []
+    require(bool(name.strip()) and len(values) == 3 and all(0 < value < 1e6 for value in values),
+            f"--card {text!r} must be name,GB,GB/s,TFLOP/s with positive numbers, such as H100,80,3350,989")
+    room, bandwidth, rate = values
+    return name.strip(), Card(room * 1e9, bandwidth * 1e9, rate * 1e12, math.nan)
 
 
 def card_row(name, card: Card, config: Config, batch_tokens, need: dict) -> dict:
@@ -731,39 +779,42 @@ SHRUNK = {"n_layer": 1, "d_model": 64, "n_head": 2, "n_kv_head": 1, "d_head": 32
 
 
 def milliseconds(run: Callable) -> float:
-    return 1e3 * timed({"a call": run}, 1.0)[0]["seconds"]
+    return 1e3 * timed({"": run}, 1.0)[0]["seconds"]
 
 
-def large() -> tuple[Config, Model]:
-    config = read_config(LARGE, ({} if GPU else SHRUNK) | {"device": DEVICE})
+def large(**changes) -> tuple[Config, Model]:
+    config = read_config(LARGE, ({} if GPU else SHRUNK) | {"device": DEVICE} | changes)
     return config, Model(config).init_weights(0).to(DEVICE)
 
 
 def part_env() -> Numbers:
-    """The machine: versions, rates of memory, products and torch's attention, the price of a launch."""
+    """The machine: versions, rates of memory and products, torch's attention and others, the price of a launch."""
     yield "conditions", lambda: conditions() | {"cpus": os.cpu_count(), "cudnn": torch.backends.cudnn.version()}
     yield "copy, read GB/s", lambda: [rate / 1e9 for rate in memory_rates()]
     side = 8192 if GPU else 256
     x = noise(side, side)
     yield "product TFLOP/s", lambda: 2 * side**3 / milliseconds(lambda: x @ x) / 1e9
     q, k = (noise(8, h, 2048 if GPU else 64, 128).requires_grad_() for h in (32, 8))
-    attention = partial(F.scaled_dot_product_attention, q, k, k, is_causal=True, enable_gqa=True)
-    yield f"attention, {BOTH}, ms", partial(milliseconds, partial(forward_backward, attention, q, k))
+    attention = partial(forward_backward, partial(F.scaled_dot_product_attention, q, k, k, None, 0.0, True,
+                                                  enable_gqa=True), q, k)
+    yield "attention, forward + backward, ms", partial(milliseconds, attention)
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION) if GPU else ():
+        yield f"by {backend.name}", partial(milliseconds, sdpa_kernel(backend)(attention))
     small = torch.zeros(8, device=DEVICE)
     yield "launch us", lambda: host_ms(lambda: [small.add_(1) for _ in range(1000)])
 
 
 def part_tests() -> Numbers:
-    yield "pytest -m gpu", run_gpu_tests
+    yield "pytest -m gpu", partial(run_here, "-m", "pytest", "-m", "gpu", "-o", "filterwarnings=default")
 
 
-def run_gpu_tests() -> str:
-    """Their last line; all of their output goes into log.txt."""
-    done = subprocess.run([sys.executable, *"-m pytest -m gpu -o filterwarnings=default".split()], cwd=ROOT, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def run_here(*words) -> list:
+    """[exit code, last line] of Python with these words; all of its output goes into log.txt."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-200:]
-    return done.stdout.splitlines()[-1]
+    return [done.returncode, done.stdout.splitlines()[-1]]
 
 
 def part_kernels() -> Numbers:
@@ -771,13 +822,13 @@ def part_kernels() -> Numbers:
     n, d, f, k = LAYER
     for e in (128, 16):
         config, inputs = ModelConfig(top_k=k), [torch.randn(n, e, device=DEVICE, requires_grad=True) for _ in range(8)]
-        for name, router, backward in ((FORWARD, FAST.route, False), (BOTH, FAST.route, True),
-                                       ("definition, forward", PLAIN.route, False)):
+        for name, router, backward in (("forward", FAST.route, False), ("forward + backward", FAST.route, True),
+                                       ("definition, forward", route, False)):
             calls = [partial(run_route, router, x, config, backward) for x in inputs]
             yield f"E={e} {name}, us", lambda calls=calls: 1e6 * replayed(calls)
             yield f"E={e} {name}, each kernel's ms", partial(profiled, calls)
         yield f"E={e} bytes", partial(kernel_bytes, n, e, k)
-    slot, x, rows = PLAIN.route(inputs[0], config).slot.int(), noise(n, d), noise(n * k, d)
+    slot, x, rows = route(inputs[0], config).slot.int(), noise(n, d), noise(n * k, d)
     h, a, weight = noise(n * k, 2 * f), noise(n * k, f), torch.rand(n * k, 1, device=DEVICE)
     for name, moved, call in (("gather", (n + n * k) * d, partial(gather, x, slot)),
                               ("combine", (n + n * k) * d, partial(combine, rows, slot)),
@@ -800,10 +851,28 @@ def profiled(calls: list[Callable], top=25) -> list:
 def part_layer() -> Numbers:
     n, d, f, k = LAYER
     x = noise(n, d).requires_grad_()
-    for e, dtype in itertools.product((16, 128), {torch.float32, DTYPE}):
+    for e, dtype in ((16, torch.float32), (16, DTYPE), (128, DTYPE), (128, torch.float32)):
         layer = filled(MoE(ModelConfig(d_model=d, d_expert=f, n_expert=e, top_k=k))).to(dtype)
-        for what, call in zip((FORWARD, BOTH), experts_alone(x, layer, choices("balanced", n, e, k))):
-            yield f"E={e}, weights {str(dtype).removeprefix('torch.')}: {what}, ms", partial(milliseconds, call)
+        name = f"E={e}, weights {str(dtype).removeprefix('torch.')}"
+        for what, call in zip(("forward", "forward + backward"), experts_alone(x, layer, choices("balanced", n, e, k))):
+            yield f"{name}: {what}, ms", partial(milliseconds, call)
+        if e == 16:
+            yield f"{name}: errors of y and gradients, an expert empty", partial(layer_errors, x, layer, k)
+
+
+def layer_errors(x: Tensor, layer: MoE, k) -> list[float]:
+    """Of y, dx, dweights, each dW: norm of the difference from the definition in float32, over the norm."""
+    e = len(layer.gate)
+    experts = choices("skewed", len(x), e - 1, k)                 # the last expert gets nothing
+    counts, offsets, token, slot = place(experts, e)
+    dy = torch.randn_like(x)
+    found = []
+    for table, w, row in ((FAST, layer, x), (PLAIN, copy.deepcopy(layer).float(), x.detach().float().requires_grad_())):
+        weights = torch.full(experts.shape, 1 / k, device=DEVICE, requires_grad=True)
+        routing = SimpleNamespace(weights=weights, counts=counts, offsets=offsets, token=token, slot=slot)
+        y = table.experts(row, routing, w)
+        found.append([y, *torch.autograd.grad(y, (row, weights, *w.w_in, *w.w_out), dy.to(y.dtype))])
+    return [((ours.float() - exact).norm() / exact.norm()).item() for ours, exact in zip(*found)]
 
 
 def part_loss() -> Numbers:
@@ -843,7 +912,8 @@ def step_numbers(run: Callable, config: Config, batch) -> dict:
         torch.cuda.reset_peak_memory_stats()
     ms = statistics.median(host_ms(run) for _ in range(5))
     per_s = batch * config.seq_len / ms * 1e3
-    return {"ms": ms, "tokens_per_s": per_s, "mfu": mfu(config, per_s),
+    peak = peak_flops(SimpleNamespace(device=DEVICE, dtype="bfloat16"))
+    return {"ms": ms, "tokens_per_s": per_s, "mfu": peak and count(config)["flops_per_token"] * per_s / peak,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if GPU else None,
             "estimate_gib": memory(config, batch, "bfloat16")["total"] / 2**30}
 
@@ -872,17 +942,32 @@ def part_decode() -> Numbers:
                 partial(our_tokens, ours, prompt, n, **k))
     if GPU:
         yield "a replay alone, tokens/s", lambda: 1 / statistics.median(clock(step.graph.replay) for _ in range(30))
+    small = Model(ModelConfig(vocab_size=256)).init_weights(0).to(DEVICE).eval()             # in float32 no tie turns
+    calls = [partial(our_tokens, small, prompt, n, **kind) for kind in ({}, {"step": Decoder()})]
+    yield "float32: the same tokens compiled and not", lambda: torch.equal(*(call() for call in calls))
+
+
+def part_train() -> Numbers:
+    """configs/tiny.py, stopped after its first step and continued; and once more, which finds it finished."""
+    with tempfile.TemporaryDirectory() as out:
+        command = ["train.py", "configs/tiny.py", f"--out_dir={out}/run", "--eval_tokens=4096",
+                   f"--max_steps={60 if GPU else 6}"]
+        stopped = f"import sys, train; sys.argv = {command}; train.catch_signals = lambda: ['a test']; " \
+                  "train.run_script(train.main)"
+        yield "stopped", partial(run_here, "-c", stopped)
+        yield "continued", partial(run_here, *command)
+        yield "again", partial(run_here, *command)
 
 
 def part_peers() -> Numbers:
     for name in ("layer", "loss", "step", "decode"):
-        yield name, partial(BENCHMARKS[name], SimpleNamespace(peers=True, file=None))
+        yield name, partial(BENCHMARKS[name], SimpleNamespace(peers=True, config=None))
 
 
 PARTS = {  # name: (what finds its numbers, seconds it may take at most), the most worth a second first
     "env": (part_env, 60), "tests": (part_tests, 170), "kernels": (part_kernels, 70), "layer": (part_layer, 90),
-    "loss": (part_loss, 50), "step": (part_step, 110), "decode": (part_decode, 150),
-    "step_compiled": (partial(part_step, True), 130), "cells": (part_cells, 120), "peers": (part_peers, 300)}
+    "loss": (part_loss, 50), "step": (part_step, 110), "decode": (part_decode, 150), "train": (part_train, 70),
+    "step_compiled": (partial(part_step, True), 130), "cells": (part_cells, 120), "peers": (part_peers, 240)}
 
 
 def bench_gpu(args) -> None:
@@ -891,9 +976,8 @@ def bench_gpu(args) -> None:
         require(name in PARTS, f"--only {name} is no part: {', '.join(PARTS)}")
     if args.part:
         return find_numbers(args.only)
-    require(args.budget > 0, f"--budget {args.budget} must be a positive number of seconds")
-    if not GPU:
-        print("no CUDA GPU here: every part runs small, to try that it runs; its numbers say nothing", flush=True)
+    require(0 < args.budget < 1e6, f"--budget {args.budget} must be a positive number of seconds")
+    require(not args.config, f"gpu has sizes of its own and takes no file {args.config}")
     out, end = Path(args.out), time.monotonic() + args.budget
     out.mkdir(parents=True, exist_ok=True)
     path = out / "gpu.json"
@@ -907,9 +991,10 @@ def bench_gpu(args) -> None:
 
 
 def find_numbers(name) -> None:
+    global LAYER, LOSS, STEP, WRITTEN, ROUNDS
     if not GPU:
-        small = ModelConfig(n_layer=1, d_model=64, vocab_size=256, seq_len=32)
-        globals().update(LAYER=(256, 64, 32, 4), LOSS=(256, 64, 512), STEP={"small": small}, WRITTEN=4, ROUNDS=5)
+        LAYER, LOSS, WRITTEN, ROUNDS = (256, 64, 32, 4), (256, 64, 512), 4, 5
+        STEP = {"small": ModelConfig(n_layer=1, d_model=64, vocab_size=256, seq_len=32)}
     for what, find in PARTS[name][0]():
         try:
             found = find()
@@ -934,9 +1019,9 @@ def run_part(name, seconds, out: Path) -> dict:
     with open(out / "log.txt", "a") as log:
         log.write(f"===== {name}\n{text}\n")
     numbers = {}
-    for line in re.findall(r"^{.*}$", text, re.M):
+    for line in text.splitlines():
         with contextlib.suppress(ValueError):
-            numbers |= json.loads(line)
+            numbers |= json.loads(line) if line.startswith("{") else {}
     lost = [what for what, found in numbers.items() if isinstance(found, dict) and "failed" in found]
     if status == "done" and (process.returncode or lost):
         status = f"failed: {', '.join(lost) or text.strip().splitlines()[-1:]}"
@@ -947,42 +1032,39 @@ def run_part(name, seconds, out: Path) -> dict:
 
 BENCHMARKS = {"route": bench_route, "layer": bench_layer, "loss": bench_loss, "step": bench_step,
               "decode": bench_decode, "memory": bench_memory, "hardware": bench_hardware}
-EACH = (*BENCHMARKS, "all")
-TAKERS = {  # option: who takes it; anyone else refuses it, rather than say nothing
-    "file": ("step", "decode", "memory", "hardware", "all"), "peers": ("layer", "loss", "step", "decode", "all"),
-    "json": EACH, "keep_memory": EACH, "cell": ("memory",), "estimate": ("memory",),
-    "budget": ("gpu",), "out": ("gpu",), "only": ("gpu",)}
+TAKE_FILE = ("step", "decode", "memory", "hardware", "all")
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(allow_abbrev=False, description="throughput and memory, against peers and floors, in one run")
     add = parser.add_argument
-    add("what", choices=[*EACH, "gpu"], help="what is measured; see the head of this file")
+    add("what", choices=[*BENCHMARKS, "gpu", "all"], help="what is measured; see the head of this file")
     add("file", nargs="?", help="a config or sweep file instead of the built-in sizes")
+    add("--config", help="the same file, by name")
     add("--peers", action="store_true", help="also time transformers and liger-kernel")
     add("--json", help="write the results here; results/draw.py draws them")
     add("--keep_memory", action="store_true", help="as train.py does on a CPU; the peers gain, too")
     add("--cell", help="memory: only this batch,context, such as 1,512")
     add("--estimate", action="store_true", help="memory: run nothing, estimate in bfloat16")
+    add("--batch_tokens", type=int, help="hardware: tokens a step (default: the config's)")
+    add("--card", action="append", help='hardware: also this card, "name,GB,GB/s,TFLOP/s"')
     add("--budget", type=float, default=560, help="gpu: seconds in all (default %(default)s)")
     add("--out", default="out/gpu", help="gpu: the folder of gpu.json and log.txt (default %(default)s)")
     add("--only", help=f"gpu: these parts, of {','.join(PARTS)}")
     add("--part", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
-    for option, takers in TAKERS.items():
-        given = getattr(args, option) != parser.get_default(option)
-        require(not given or args.what in takers, f"{args.what} takes no {option}: {', '.join(takers)} do")
     if args.what == "gpu":
         return bench_gpu(args)
     if args.keep_memory:
         keep_freed_memory()
+    args.config = args.config or args.file
+    require(not args.config or args.what in TAKE_FILE,
+            f"{args.what} has sizes of its own and takes no file {args.config}: {', '.join(TAKE_FILE)} do")
+    require(not args.json or args.json.endswith(".json"), f"--json {args.json} must end in .json: results/NAME.json")
     if args.json:
-        require(args.json.endswith(".json"), f"--json {args.json} must end in .json: results/NAME.json")
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)         # before anything is measured
     result = {"conditions": conditions(), "benchmarks": {}}
     print(", ".join(f"{name} {value}" for name, value in result["conditions"].items()))
-    if args.what == "all" and args.file:
-        print(f"{args.file} is for {', '.join(TAKERS['file'][:-1])}; the others have sizes of their own")
     for name in BENCHMARKS if args.what == "all" else [args.what]:
         result["benchmarks"][name] = BENCHMARKS[name](args)
         gc.collect()

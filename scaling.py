@@ -458,9 +458,10 @@ def column(rows: list[dict], name: str) -> Array:
     return np.array(values)
 
 
-def runs_of(rows: list[dict]) -> Runs:
-    """Runs of rows that have COLUMNS; all weigh 1."""
-    runs = Runs(*(column(rows, name) for name in COLUMNS), np.ones(len(rows)))
+def runs_of(rows: list[dict], weights: str | None = None) -> Runs:
+    """Runs of rows that have COLUMNS; `weights` names a column, without it all weigh 1."""
+    weight = column(rows, weights) if weights else np.ones(len(rows))
+    runs = Runs(*(column(rows, name) for name in COLUMNS), weight)
     for row, E, L in zip(rows, runs.E, runs.L):
         require(E % 1 == 0, f"{row['source']}: n_expert = {E:g} must be a whole number, 1 for a dense model")
         require(L < 1000, f"{row['source']}: loss = {L:g} is no loss in nats per token")
@@ -714,7 +715,7 @@ def fit_input(args) -> tuple[Runs, list[dict], dict]:
     require(not both, f"--form {args.form} sets {', '.join(both)} itself")
     rows = [row for source in args.sources for row in read_table(source)]
     require(rows, f"{args.sources[0]}: no runs in it")
-    runs = runs_of(rows)
+    runs = runs_of(rows, args.weights)
     require(pinned.get("c", 0) < runs.L.min(), f"--pin c={pinned.get('c')} is not below the least loss, {runs.L.min()}")
     if args.near:
         keep = near_best(runs, args.near)
@@ -855,17 +856,54 @@ def chosen_law(path: str | None) -> tuple[Array, Runs]:
     return np.nan_to_num(laws, nan=math.inf), runs                # JSON's null: an infinite E_max
 
 
+AXES = {"memory": (1e8, 1e12), "flops": (1e18, 1e26)}       # where `switches` looks: parameters, FLOPs
+
+
+def switches(laws: Array, axis: str, values: Array, **budget) -> list[dict]:
+    """Where the best E of laws[0] changes along `axis` ("memory" or "flops"), and the 90% range of it over the other
+    laws (1 + S, 11). `values` (G,) are evenly spaced in their logarithms."""
+    loss = np.minimum(optimum(many(laws, 2), EXPERTS[:, None], **budget | {axis: values})[2], 1e9)    # (1 + S, E, G)
+    best = loss[0].argmin(0)
+    found = []
+    for i in np.flatnonzero((best[1:] != best[:-1]) & (loss[0].min(0)[:-1] < 1e9)):
+        before, after = best[i], best[i + 1]
+        places = []
+        for gap in loss[:, before] - loss[:, after]:               # of a law, (G,): it rises through zero at a switch
+            rises = np.flatnonzero((gap[:-1] < 0) & (gap[1:] >= 0))
+            for k in rises[abs(rises - i).argsort()[:1]]:          # the nearest to i, if any
+                places.append(values[k] * (values[1] / values[0]) ** (gap[k] / (gap[k] - gap[k + 1])))
+        at, *moved = places
+        found.append({axis: at, "from": EXPERTS[before], "to": EXPERTS[after], "interval": band(moved),
+                      "share_of_replicas": len(moved) / (len(laws) - 1)})
+    return found
+
+
+def rule_of_thumb(law: Law, experts: Array, flops: Array) -> list[dict]:
+    """The paper's rule: at equal total parameters, E <= 8 experts on E times the tokens beat the compute-optimal dense
+    model. For each E, over dense budgets `flops` (G,): how often it holds, gain in nats, cost in dense FLOPs."""
+    N, D, dense = optimum(law, 1, flops)
+    rows = []
+    for E in experts.tolist():
+        d = width(N, E)                              # all N parameters of a dense model are active
+        active = law_size(d, d / 64)
+        gain, cost = dense - law.loss(active, E * D, E), 6 * active * E * D / flops
+        rows.append({"n_expert": E, "holds": (gain > 0).mean(), "gain": (gain.min(), gain.max()),
+                     "cost": (cost.min(), cost.max())})
+    return rows
+
+
 def winners(loss: Array) -> Array:
     """Share of the rows of loss (S, E) in which each E has the least loss, (E,)."""
     return (loss.argmin(1)[:, None] == np.arange(len(EXPERTS))).mean(0)
 
 
 def run_optimum(args) -> dict:
-    """The best model for each number of experts under the budgets."""
+    """The best model for each number of experts under the budgets, and where the best changes."""
     laws, _ = chosen_law(args.law)
     unit, memory = args.memory or ("number", None)
-    memory = memory / BYTES[args.dtype] if unit == "bytes" else memory
-    N, D, loss = optimum(many(laws), EXPERTS, args.flops, memory, args.kv_tokens, args.inference_tokens)
+    budget = {"flops": args.flops, "kv_tokens": args.kv_tokens, "inference_tokens": args.inference_tokens,
+              "memory": memory / BYTES[args.dtype] if unit == "bytes" else memory}
+    N, D, loss = optimum(many(laws), EXPERTS, **budget)
     fits = np.isfinite(loss[0])
     require(fits.any(), f"no model meets these budgets, the smallest has {law_size(64, 1):,} parameters: raise --flops "
                         "or --memory, or lower --vocab, --kv_tokens or --inference_tokens")
@@ -873,10 +911,20 @@ def run_optimum(args) -> dict:
     rows = records(n_expert=EXPERTS, n_active=N[0], n_total=law_size(d, d / 64, EXPERTS), tokens=D[0], loss=loss[0])
     table = [row | {"90%": band(losses), "best in": f"{part:.1%}"}
              for row, losses, part in zip(rows, loss[1:].T, winners(loss[1:]))]
-    best = EXPERTS[loss[0].argmin()]
-    show(f"The best is E = {best}; 90% intervals, and the share of the replicas in which an E is the best",
+    result = {"rows": list(compress(rows, fits)), "best": EXPERTS[loss[0].argmin()]}
+    show(f"The best is E = {result['best']}; 90% intervals, and the share of the replicas in which an E is the best",
          list(compress(table, fits)))
-    return {"rows": list(compress(rows, fits)), "best": best}
+    if args.switches:
+        del budget[args.switches]
+        values = np.geomspace(*AXES[args.switches], 401)
+        result["switches"] = switches(laws, args.switches, values, **budget)
+        show(f"Where the best E changes along {args.switches}", result["switches"] or [{"": "nowhere"}])
+    if args.rule_of_thumb:
+        flops = np.geomspace(1e19, 1e24, 51)
+        result["rule_of_thumb"] = rule_of_thumb(Law(*laws[0]), EXPERTS[1:], flops)
+        show("E times the tokens at equal memory, dense optima of 1e19 to 1e24 FLOPs: gain in nats, times the FLOPs",
+             result["rule_of_thumb"])
+    return result
 
 
 # --- 3d. from the law to a model to train --------------------------------------------------------
@@ -1033,7 +1081,7 @@ def pin(text: str) -> tuple[str, float]:
 
 VERBS = {"tables": run_tables, "optimum": run_optimum, "fit": run_fit, "simulate": run_simulate, "plan": run_plan}
 KINDS = {
-    "text": str, "memory": quantity, "pin": pin, "form": list(FORMS), "dtype": list(BYTES),
+    "text": str, "memory": quantity, "pin": pin, "form": list(FORMS), "dtype": list(BYTES), "axis": list(AXES),
     "number": reader("a positive number such as 1e22 or 20B (billion), not in bytes", lambda value: value > 0),
     "from 0": reader("a number from 0", lambda value: value >= 0),
     "whole": reader("a whole number from 1 to 1,000,000", lambda value: value % 1 == 0 < value <= 1e6, int),
@@ -1047,6 +1095,7 @@ OPTIONS = """
 --holdout           fit           text      kfold:10   loss:30 (lowest), compute:30, column:NAME, kfold:10 or rolling
 --huber             fit           number    -          width on ln L (-: 1.345 robust deviations; the paper's is 0.01)
 --bootstrap         fit           whole     1000       refits behind the intervals
+--weights           fit           text      -          column of weights (-: equal)
 --e_start           tables        number    2.0732     E_start of the law
 --draws             simulate      whole     20         noise draws
 --outliers          simulate      share     0          share of runs made 0.05 nats worse
@@ -1058,6 +1107,8 @@ OPTIONS = """
 --vocab             optimum plan  whole     50257      tokens in the vocabulary: sizes are counted with it
 --law               optimum plan  text      -          a law that fit --json wrote (-: the paper's)
 --kv_tokens         optimum       from 0    0          cached tokens that --memory holds too
+--switches          optimum       axis      -          where the best E changes along this budget
+--rule_of_thumb     optimum       flag      -          check E times the tokens at equal memory against dense
 --gpu               plan          text      !          the GPU to train on: H100, A100-80, ... (model.CARDS)
 --gpus              plan          whole     1          how many
 --context           plan          from 0    32768      cached tokens when deployed
@@ -1085,7 +1136,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         verb.add_argument("--json", help="write the result there as JSON too")
         for line in OPTIONS.strip().splitlines():
             flag, users, kind, default, text = re.split("  +", line)
-            if name in users.split():
+            if name in users.split() and kind == "flag":
+                verb.add_argument(flag, action="store_true", help=text)
+            elif name in users.split():
                 verb.add_argument(flag, **{"type" if callable(KINDS[kind]) else "choices": KINDS[kind]},
                                   default=None if default in "-!" else default, required=default == "!",
                                   action="append" if kind == "pin" else "store", help=f"{text} [{default}]")

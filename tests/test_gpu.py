@@ -5,18 +5,20 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ON_A_GPU, ROOT, distance, no_wait_for_the_gpu
 
 import model as m
 import train as t
 from model import Model, ModelConfig
 
-pytestmark = ON_A_GPU
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")]
 DEVICE = "cuda"
+ROOT = Path(m.__file__).parent
 SMALL = dict(n_layer=2, d_model=64, n_head=4, n_kv_head=2, d_head=16, n_expert=8, top_k=2, d_expert=32, vocab_size=256,
              seq_len=64)
 
@@ -37,6 +39,10 @@ def losses(model: Model, tokens: torch.Tensor) -> tuple[float, torch.Tensor]:
     total = o.ce + 0.01 * o.balance + 0.001 * o.z
     grads = torch.autograd.grad(total, list(model.parameters()))
     return float(total.detach()), torch.cat([g.flatten().float().cpu() for g in grads])
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
 
 
 def optimizer_of(model: Model) -> torch.optim.AdamW:
@@ -64,6 +70,14 @@ def test_experts_in_bfloat16_equal_the_definition_in_float32_with_an_expert_that
         found.append([y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
     for ours, exact in zip(*found):
         assert distance(ours.float(), exact) < 1e-2
+
+
+def test_grouped_products_serve_bfloat16_on_hopper_alone():
+    x, w_out = (torch.empty(64, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    assert m.has_grouped_mm(x, w_out.expand(8, 64, 64), 8.0) == hopper
+    assert not m.has_grouped_mm(x, w_out.expand(1024, 64, 64), 8.0)
+    assert not m.has_grouped_mm(x.float(), w_out.expand(8, 64, 64), 8.0)
 
 
 @pytest.mark.parametrize("changes", [{}, {"router": "sigmoid", "bias_rate": 0.01}, {"router": "switch", "top_k": 1},
@@ -135,8 +149,13 @@ def test_a_training_step_never_waits_for_the_gpu():
     _, gpu = pair(bias_rate=0.01)
     optimizer, tokens = optimizer_of(gpu), batch().to(DEVICE)
     training_step(gpu, optimizer, tokens)                                   # compiles
-    with no_wait_for_the_gpu():
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                 # "a prototype feature"
+            torch.cuda.set_sync_debug_mode("error")
         training_step(gpu, optimizer, tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer():

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
 import tokenize
@@ -11,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, write_corpus
 
 import model as m
 import train as t
 
+ROOT = Path(t.__file__).parent
 README = (ROOT / "README.md").read_text()
 SHRUNK = ("--n_layer=2 --d_model=32 --n_head=2 --n_kv_head=1 --d_head=16 --top_k=2 "
           "--vocab_size=264 --seq_len=32 --dataset=corpus --micro_batch=4 --batch_tokens=256 --max_steps=12 "
@@ -39,7 +41,10 @@ def place(tmp_path_factory):
     for name in ("router.py", "model.py", "train.py", "configs"):
         os.symlink(ROOT / name, place / name)
     subprocess.run(["bash", "-e", "-c", cut], cwd=place, check=True)
-    write_corpus(80, place)
+    (place / "corpus").mkdir()
+    generator, words = random.Random(0), "def return self for value in if not class import a x y = ( ) : + 1".split()
+    for i in range(80):
+        (place / f"corpus/{i:02d}.txt").write_text(" ".join(generator.choices(words, k=60)) + "\n")
     return place
 
 
@@ -54,11 +59,12 @@ def printed(out: str) -> list[str]:
 
 
 @pytest.fixture
-def whole(place, folder, monkeypatch, capsys):
+def whole(place, monkeypatch, capsys):
     """What the whole train.py prints for the same words, in this process: by the plain table, or by `ops`."""
     monkeypatch.chdir(place)
     monkeypatch.setattr(t, "draw_figures", lambda out: None)
     monkeypatch.setattr(t, "write_text", lambda *_, **__: [])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(path: str, *words: str, ops: m.Ops | None = None) -> list[str]:
         _, given = t.parse_command_line([path, *words, "--out_dir=out/whole", "--overwrite"])
@@ -68,22 +74,24 @@ def whole(place, folder, monkeypatch, capsys):
         assert m.OPS is m.FAST, "a run leaves the table as it was"
         return printed(capsys.readouterr().out)
 
-    return run
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_the_lesson_trains_configs_tiny_to_the_digits_of_the_plain_table_and_near_those_of_the_fast_one(place, whole):
-    words = ["configs/tiny.py", *"--max_steps=12 --log_interval=1 --eval_tokens=1024 --device=cpu".split()]
+    words = ["configs/tiny.py", *"--max_steps=20 --log_interval=1 --eval_tokens=4096 --device=cpu".split()]
     done = lesson(place, *words, "--out_dir=out/lesson")
     assert done.returncode == 0, done.stderr
     losses, calls = printed(done.stdout), set()
-    assert len(losses) == 14 and float(losses[-1]) < float(losses[0]) - 1.5
+    assert len(losses) == 22 and float(losses[-1]) < float(losses[0]) - 2
     assert losses == whole(*words)
 
     def spy(name):
         return lambda *args: calls.add(name) or getattr(m.FAST, name)(*args)
 
     fast = whole(*words, ops=m.Ops(*map(spy, m.Ops._fields)))
-    assert [float(x) for x in fast[:7]] == pytest.approx([float(x) for x in losses[:7]], abs=3e-4)
+    assert [float(x) for x in fast[:11]] == pytest.approx([float(x) for x in losses[:11]], abs=5e-4)
     assert calls == set(m.Ops._fields) and all(getattr(m.FAST, name) is not getattr(m.PLAIN, name) for name in calls)
 
 

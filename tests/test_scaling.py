@@ -199,29 +199,22 @@ def test_errata_4_to_6_about_figures_and_the_optimal_size():
 
 
 def test_erratum_7_the_rule_of_thumb_holds_up_to_8_experts_at_a_price():
-    """At equal total parameters E experts on E times the tokens beat the compute-optimal dense model."""
-    flops, E = np.geomspace(1e19, 1e24, 51), np.array([[2], [4], [8]])
-    N, D, dense = optimum(Law(), 1, flops)
-    d = scaling.width(N, E)                              # all N parameters of a dense model are active
-    active = law_size(d, d / 64)
-    gain, cost = dense - Law().loss(active, E * D, E), 6 * active * E * D / flops
-    assert (gain > 0).all() and (cost.min(1) > 1.1).all() and (cost.max(1) < E[:, 0]).all()
-    assert (f"the gain is {gain.min():.3f} to {gain.max():.3f} nats, for {cost.min():.1f} to {cost.max():.1f} times"
-            in ERRATA)
+    rows = scaling.rule_of_thumb(Law(), np.array([2, 4, 8]), np.geomspace(1e19, 1e24, 51))
+    for row in rows:
+        assert row["holds"] == 1 and 1.1 < row["cost"][0] < row["cost"][1] < row["n_expert"]
+    gains, costs = ([v for row in rows for v in row[key]] for key in ("gain", "cost"))
+    said = f"the gain is {min(gains):.3f} to {max(gains):.3f} nats, for {min(costs):.1f} to {max(costs):.1f} times"
+    assert said in ERRATA
 
 
 def test_erratum_8_the_rounding_of_table_2_alone_moves_the_crossovers():
     rounding = np.array(Law()) + np.random.default_rng(0).uniform(-0.5, 0.5, (200, 11)) * LAST_DIGIT
-    laws, crossed = many(np.vstack([Law(), rounding])), []
-    for memory, fewer in itertools.product((2e9, 5e9, 10e9), EXPERTS[:-1]):
-        def gap(x, memory=memory, fewer=fewer):          # ln F at which `fewer` experts become as good as twice as many
-            more, few = (optimum(laws, E, np.exp(x), memory)[2] for E in (2 * fewer, fewer))
-            return more - few
-        flops = np.exp(scaling.root(gap, np.full((201, 1), math.log(1e20)), math.log(1e25)))[:, 0]
-        crossed.append((*scaling.band(flops[1:]), flops[0], fewer))
-    low, high, flops, fewer = max(crossed, key=lambda row: row[1] / row[0])
-    said = f"from {2 * fewer} to {fewer} experts at {flops:.2e} FLOPs to between {low:.2e} and {high:.2e} (90%)"
-    assert said in ERRATA
+    flops, laws = np.geomspace(1e18, 1e26, 161), np.vstack([Law(), rounding])
+    crossed = [s for memory in (2e9, 5e9, 10e9)
+               for s in scaling.switches(laws, "flops", flops, memory=memory)]
+    widest = max(crossed, key=lambda s: s["interval"][1] / s["interval"][0])
+    assert f"from {widest['from']} to {widest['to']} experts at {widest['flops']:.2e} FLOPs" in ERRATA
+    assert "between {:.2e} and {:.2e} (90%)".format(*widest["interval"]) in ERRATA
 
 
 def test_the_two_readings_of_equation_7_differ_as_stated_at_width_512():
@@ -233,6 +226,46 @@ def test_the_two_readings_of_equation_7_differ_as_stated_at_width_512():
 
 
 # --- the optimum ----------------------------------------------------------------------------------------------------
+
+
+def paper_laws(count) -> np.ndarray:
+    return scaling.chosen_law(None)[0][:count + 1]
+
+
+def test_the_best_number_of_experts_switches_where_two_losses_are_equal():
+    found = scaling.switches(paper_laws(40), "flops", np.geomspace(1e18, 1e26, 401), memory=5e9)
+    assert [(s["from"], s["to"]) for s in found] == [(32, 16), (16, 8), (8, 4), (4, 2), (2, 1)]
+    for s in found:
+        losses = optimum(Law(), np.array([s["from"], s["to"]]), s["flops"], 5e9)[2]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+        assert s["interval"][0] < s["flops"] < s["interval"][1]
+        assert s["share_of_replicas"] == 1
+
+
+def test_a_switch_is_found_where_the_next_model_only_just_begins_to_fit():
+    memory, cache = np.geomspace(1e8, 1e10, 4001), 1e6                # that cache needs 128M values, and more a block
+    found = scaling.switches(paper_laws(3), "memory", memory, flops=1e18, kv_tokens=cache)
+    assert found and all(s["from"] != s["to"] for s in found)
+
+
+def test_a_replica_that_switches_twice_is_read_at_the_nearer_place(monkeypatch):
+    def wave(laws, E, flops, **budget):             # E = 1 and 2 take turns, in the replica 0.1 later
+        x = np.log(flops) - 0.1 * np.arange(2)[:, None]
+        loss = np.ones((2, 6, len(flops)))
+        loss[:, 0], loss[:, 1] = np.sin(x), 0
+        return None, None, loss
+    monkeypatch.setattr(scaling, "optimum", wave)
+    found = scaling.switches(paper_laws(1), "flops", np.geomspace(1e-4, 1e8, 4001))
+    assert len(found) > 5
+    assert np.allclose(np.diff([math.log(s["flops"]) for s in found]), math.pi, atol=0.01)
+    for s in found:
+        assert s["interval"] == pytest.approx([s["flops"] * math.exp(0.1)] * 2, rel=1e-3)
+
+
+def test_optimum_writes_the_switches_and_the_rule_it_prints(tmp_path):
+    saved = result(tmp_path, "optimum", "--flops", "1e21", "--memory", "5B", "--switches", "memory", "--rule_of_thumb")
+    assert set(saved) == {"rows", "best", "switches", "rule_of_thumb"}
+    assert list(saved["rows"][0]) == ["n_expert", "n_active", "n_total", "tokens", "loss"]
 
 
 @pytest.mark.parametrize("E", EXPERTS)
@@ -416,8 +449,8 @@ def test_every_form_recovers_data_of_its_own_kind(form):
 
 
 def test_fit_reports_intervals_forms_pulls_and_what_is_not_identified(tmp_path, capsys):
-    path, law = save(tmp_path / "runs.csv", noisy(1)), tmp_path / "f.json"
-    assert run("fit", path, "--holdout", "loss:30", "--bootstrap", 200, "--json", law) == 0
+    path, law = save(tmp_path / "runs.csv", noisy(1), w=1 + np.arange(270) % 2), tmp_path / "f.json"
+    assert run("fit", path, "--weights", "w", "--holdout", "loss:30", "--bootstrap", 200, "--json", law) == 0
     saved, out = json.loads(law.read_text()), capsys.readouterr().out
     assert list(saved)[:6] == ["form", "per_expert", "c", "rmse_train", "rmse_holdout", "runs"]
     assert set(saved["per_expert"]) == {"1", "2", "4", "8", "16", "32"}
