@@ -53,7 +53,7 @@ def test_the_lines_of_the_journey_stand_in_the_files():
     for file, number, source in lines:
         line = (ROOT / f"{file}.py").read_text().splitlines()[int(number) - 1]
         assert line.strip().startswith(source.rstrip()), number
-    assert len(lines) >= 8
+    assert len(lines) > 10
 
 
 def test_the_message_it_shows_for_a_misspelt_name_is_the_real_one():
@@ -69,7 +69,8 @@ def test_every_script_and_config_of_its_commands_exists_and_every_flag_is_known(
         source = (ROOT / script).read_text()
         assert all((ROOT / path).is_file() for path in re.findall(r"configs/\S+\.py", words) if "planned" not in path)
         for flag in re.findall(r"--(\w+)", words):
-            assert re.search(rf'(--|"){flag}\b', source) or flag in (*train.TYPES, "help"), (script, flag)
+            assert (re.search(rf'"(--)?{flag}"|^--{flag} ', source, re.M)
+                    or flag in (*train.TYPES, "help")), (script, flag)
 
 
 def test_the_router_of_ones_own_is_under_20_lines_keeps_its_promise_and_trains():
