@@ -537,7 +537,7 @@ def write(path: str | Path, text: str) -> None:
 
 def run_tables(args) -> dict:
     """The paper's Tables 1 and 3, recomputed from its Table 2."""
-    law = Law(e_start=args.e_start)
+    law = Law(e_start=args.e_start or Law().e_start)
     E, flops = np.repeat(EXPERTS[:5], 3), np.tile([1e20, 5e20, 1e21], 5)
     tables = {"table_3": records(E=EXPERTS, **dict(zip(TERMS[:4], law.terms(EXPERTS)))),
               "table_1": records(E=E, flops=flops, **dict(zip(("N", "D", "loss"), optimum(law, E, flops))))}
@@ -705,7 +705,7 @@ def fit_input(args) -> tuple[Runs, list[dict], dict]:
     rules = r"(loss|compute):\d{1,9}|kfold:([2-9]|[1-9]\d{1,8})|column:.+|rolling"
     require(re.fullmatch(rules, args.holdout, re.ASCII),
             f"--holdout {args.holdout} must be loss:30, compute:30, column:NAME, kfold:10 or rolling")
-    pinned = dict(args.pin or [])
+    pinned = dict(args.pin or []) | {name: getattr(args, name) for name in EHAT if getattr(args, name)}
     if pinned.get("b") == 0:                           # then nothing tells the exponents of its term
         pinned = NO_TOKENS | pinned
     start, top = pinned.get("e_start", 50), pinned.get("e_max", math.inf)       # 50: the search's bound
@@ -1096,7 +1096,8 @@ OPTIONS = """
 --huber             fit           number    -          width on ln L (-: 1.345 robust deviations; the paper's is 0.01)
 --bootstrap         fit           whole     1000       refits behind the intervals
 --weights           fit           text      -          column of weights (-: equal)
---e_start           tables        number    2.0732     E_start of the law
+--e_start           fit tables    number    -          hold E_start here (-: free; in tables 2.0732, as printed)
+--e_max             fit           number    -          hold E_max here (-: free)
 --draws             simulate      whole     20         noise draws
 --outliers          simulate      share     0          share of runs made 0.05 nats worse
 --curve             simulate      share     0          bend the law by as much (ln D/N - mean)^2

@@ -630,9 +630,9 @@ def test_the_noise_is_the_spread_of_runs_that_repeat_a_point():
 
 
 def test_any_coefficient_can_be_pinned_and_a_pin_stands_in_for_a_missing_size(runs_csv, tmp_path, capsys):
-    runs, pins = noisy(), ("--pin", "c=1.3", "--pin", "gamma=0", "--pin", "e_max=290")
+    runs, pins = noisy(), ("--pin", "c=1.6", "--pin", "gamma=0", "--e_max", 290)
     saved = result(tmp_path, "fit", runs_csv, "--bootstrap", 20, *pins)
-    assert [saved["law"][name] for name in ("c", "gamma", "e_max")] == [1.3, 0, 290]
+    assert [saved["law"][name] for name in ("c", "gamma", "e_max")] == [1.6, 0, 290]
     no_D = result(tmp_path, "fit", runs_csv, "--bootstrap", 20, "--pin", "b=0")["law"]
     assert no_D["b"] == no_D["beta"] == no_D["omega"] == no_D["zeta"] == 0
     two_D = save(tmp_path / "two_D.csv", runs.take((runs.D == 2e9) | (runs.D == 4e9)))
@@ -834,7 +834,7 @@ PLAN = "plan --flops 1e21 --gpu H100 "
     ("fit RUNS --pin b=x", "no value of b"), ("fit RUNS --pin alpha=nan", "no value of alpha"),
     ("fit RUNS --pin alpha=50", "-9 to 9"), ("fit RUNS --pin e_start=60", "0.05 to 50"),
     ("fit RUNS --pin e_start=9 --pin e_max=3", "below e_max"), ("fit RUNS --pin e_max=20", "from 53"),
-    ("fit RUNS --pin e_max=90 --form expert_count", "sets e_max itself"),
+    ("fit RUNS --e_start 9 --e_max 3", "below e_max"), ("fit RUNS --pin e_max=90 --form expert_count", "sets e_max itself"),
     ("fit RUNS --pin gamma=0.1 --form no_interaction", "sets gamma itself"),
     (f"fit {clark()} --pin beta=0.2", "pin b, beta, omega, zeta, or none")])
 def test_impossible_requests_end_in_one_line(line, said, runs_csv, capsys):
