@@ -478,6 +478,8 @@ def make_config(values: dict, out_dir: str, chosen: dict) -> Config:
                                                       values["learning_rate"])}
     config = Config(**{name: convert(name, value, TYPES[name]) for name, value in values.items()}).resolve()
     config.out_dir = config.out_dir or out_dir
+    if UNDER_TORCHRUN and config.batch_tokens is None:                      # kept: on another number of ranks the same
+        config.batch_tokens = ramp(config)[0][1]
     kind, _, number = config.device.partition(":")
     require(kind in ("cpu", "cuda", "mps") and (number.isdigit() or ":" not in config.device),
             f"device = {config.device!r} must be cpu, cuda, cuda:N or mps")

@@ -834,7 +834,8 @@ PLAN = "plan --flops 1e21 --gpu H100 "
     ("fit RUNS --pin b=x", "no value of b"), ("fit RUNS --pin alpha=nan", "no value of alpha"),
     ("fit RUNS --pin alpha=50", "-9 to 9"), ("fit RUNS --pin e_start=60", "0.05 to 50"),
     ("fit RUNS --pin e_start=9 --pin e_max=3", "below e_max"), ("fit RUNS --pin e_max=20", "from 53"),
-    ("fit RUNS --e_start 9 --e_max 3", "below e_max"), ("fit RUNS --pin e_max=90 --form expert_count", "sets e_max itself"),
+    ("fit RUNS --e_start 9 --e_max 3", "below e_max"),
+    ("fit RUNS --pin e_max=90 --form expert_count", "sets e_max itself"),
     ("fit RUNS --pin gamma=0.1 --form no_interaction", "sets gamma itself"),
     (f"fit {clark()} --pin beta=0.2", "pin b, beta, omega, zeta, or none")])
 def test_impossible_requests_end_in_one_line(line, said, runs_csv, capsys):

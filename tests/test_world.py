@@ -34,6 +34,13 @@ def test_a_batch_that_does_not_divide_is_refused(run_train):
     assert code == 2 and err.startswith("error: ") and "1024" in err and err.count("\n") == 1
 
 
+def test_under_torchrun_a_batch_of_one_micro_batch_a_rank_is_a_number_in_the_runs_config(monkeypatch):
+    """So that a run continued on another number of ranks is refused, rather than at other tokens."""
+    monkeypatch.setattr(train, "UNDER_TORCHRUN", True)
+    monkeypatch.setattr(train, "WORLD", 2)
+    assert train.make_config(dict(micro_batch=3, seq_len=32, device="cpu"), "out/x", {}).batch_tokens == 2 * 3 * 32
+
+
 def test_bytes_by_hand():
     """Four experts of 3 * 8 * 16 weights a layer in two layers, halved; float32 rows of K = 2 copies."""
     c = train.make_config(dict(n_layer=2, d_model=8, n_head=2, n_kv_head=2, d_head=4, n_expert=4, d_expert=16, top_k=2,
