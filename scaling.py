@@ -1012,6 +1012,8 @@ def run_plan(args) -> dict:
         "learning_rate_authors_code": by_code, "training_bytes": train, "beyond_the_runs": beyond}
     show("The best shape for each number of experts", rows)
     low, high = best["interval"]
+    of_this_E = (f'{beyond["N"]:.3g} times N, {beyond["D"]:.3g} times D of this E' if N_run > 0 else
+                 f"no run has {E} experts")
     print(f"""The best: {E} experts of width {3 * d} in {config.n_layer} blocks of width {d}, {config.n_head} heads
   parameters     {N:,} active, {body:,} of them not in embeddings, {best["n_total"]:,} in all
   loss           {best["loss"]:.4f} nats a token, 90% {low:.4f} to {high:.4f} for the law; a single run scatters more
@@ -1020,7 +1022,7 @@ def run_plan(args) -> dict:
   peak rate      {rate:.4g}; eq. 7 says {by_text:.4g} by the text, {by_code:.4g} by the authors' code
   memory, GB     {train["total"] / 1e9:.3g} of {limit / 1e9:.3g} to train, {best["deployed_bytes"] / 1e9:.3g} to serve
   time           {days:.3g} days at {args.mfu:.0%} of the peak, on several GPUs if you split its batches
-  beyond runs    {beyond["N"]:.3g} N, {beyond["D"]:.3g} D of this E (nan: it has none), {beyond["flops"]:.3g} FLOPs
+  beyond runs    {of_this_E}; {beyond["flops"]:.3g} times the FLOPs of the largest
 No interval knows of a law that bends beyond its runs.""")
     if args.write:
         write_config(args, result, config, dtype)

@@ -126,6 +126,47 @@ def test_the_best_numbers_of_experts_are_those_of_the_law():
         assert scaling.Law(*laws[0]).loss(N, float(flops) / (6 * N), E) == pytest.approx(some[0]["loss"])
 
 
+def test_the_prediction_is_the_laws_and_its_outcome_that_of_the_runs():
+    script = runpy.run_path(str(FOLDER / "predict.py"))
+    saved, outcome = read("prediction.json"), read("outcome.json")
+    assert scaling.clean(script["outcome"](), 6) == outcome
+    again = script["predict"]()
+    rows = read("pair.csv")
+    assert sorted(row["seed"] for row in rows) == sorted(["4", "5", "6"] * 4)
+    for name, model in saved["models"].items():
+        some = [row for row in rows if row["name"].startswith(name)]
+        assert {(int(row["n_active"]), int(row["tokens"])) for row in some} == {(model["n_active"], model["tokens"])}
+        assert again["models"][name]["loss"] == pytest.approx(model["loss"], abs=1e-5)
+    for (pair, said), cells in zip(saved["pairs"].items(), table("pair | what")):
+        measured, (low, high) = outcome["pairs"][pair], said["interval"]
+        assert cells[0].startswith(pair) and measured["inside"] == measured["sign_right"] == (cells[3] == "held")
+        assert cells[1].replace("−", "-") == f"{said['gain']:+.3f} [{low:.3f}, {high:.3f}]"
+        assert cells[2].replace("−", "-") == f"{measured['gain']:+.3f} ± {measured['half']:.3f}"
+    for (name, said), cells in zip(saved["models"].items(), table("model | active |")):
+        (low, high), measured = said["interval"], outcome["models"][name]
+        assert cells == [name, f"{said['n_active']:,}", f"{said['tokens']:,}",
+                         f"{said['loss']:.3f} [{low:.3f}, {high:.3f}]",
+                         f"{measured['measured']:.3f}" + ", outside" * (not measured["inside"])]
+    flops = {row["name"][:-3]: float(row["flops"]) for row in rows}
+    assert 0.99 < flops["wins-e4"] / flops["wins-dense"] < 1.01
+    says(f"experts had {1 - flops['loses-e16'] / flops['loses-dense']:.0%} less")
+
+
+def test_the_plan_on_the_page_is_that_of_the_measured_law(tmp_path, monkeypatch, capsys):
+    """And its config is one that train.py takes."""
+    command = re.search(r"^python scaling.py (plan --law[^`]*)```", PAGE, re.M)[1].replace("\\\n", " ")
+    monkeypatch.chdir(ROOT)
+    words = command.replace("planned.py", str(tmp_path / "planned.py")).split()
+    assert scaling.main([*words, "--json", str(tmp_path / "plan.json")]) in (0, None)
+    plan, said = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
+    assert (plan["n_expert"], plan["n_layer"], plan["d_model"]) == (32, 2, 32) and "no run has 32 experts" in said
+    with_16 = next(row for row in plan["rows"] if row["n_expert"] == 16)
+    says("32 experts in two blocks of width 32", f"{plan['loss']:.2f} nats; no run here has 32",
+         f"16 cost {with_16['loss'] - plan['loss']:.3f} nats more")
+    config = train.read_config(str(tmp_path / "planned.py"))
+    assert (config.n_expert, config.vocab_size, config.dtype, config.learning_rate) == (32, 264, "float32", 0.006)
+
+
 def test_the_readme_says_of_it_what_the_page_does():
     readme = " ".join((ROOT / "README.md").read_text().split())
     rows, fit = read("runs.csv"), read("fit.json")

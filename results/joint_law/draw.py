@@ -1,4 +1,4 @@
-"""From runs.csv, rates.json and fit.json beside this file: fit.png, isoflop.png, rates.png, and best.json.
+"""From the tables and fit.json beside this file: fit.png, isoflop.png, rates.png, pair.png, and best.json.
 
     python scaling.py fit results/joint_law/runs.csv --holdout rolling --json results/joint_law/fit.json
     python results/joint_law/draw.py
@@ -117,6 +117,26 @@ def draw_rates(rates: dict, path: Path) -> None:
     save(figure, path)
 
 
+def draw_pair(laws: Array, path: Path) -> None:
+    """A panel a pair of equal memory: what the law foresaw for each model against compute, and what was measured."""
+    rows = list(csv.DictReader((HERE / "pair.csv").read_text().splitlines()))
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axes, pair in zip(panels, ("wins", "loses")):
+        own = [row for row in rows if row["name"].startswith(pair)]
+        for i, E in enumerate(sorted({int(row["n_expert"]) for row in own})):
+            some = [row for row in own if int(row["n_expert"]) == E]
+            N, D = float(some[0]["n_active"]), float(some[0]["tokens"]) * np.geomspace(1 / 3, 3, 40)
+            losses = scaling.many(laws).loss(N, D, E)
+            axes.fill_between(6 * N * D, *np.quantile(losses[1:], [0.05, 0.95], axis=0), color=f"C{i}", alpha=0.2, lw=0)
+            axes.plot(6 * N * D, losses[0], color=f"C{i}", lw=1, label=f"E = {E}, {N / 1e3:.0f}K active, by the law")
+            axes.plot([6 * N * float(row["tokens"]) for row in some], [float(row["loss"]) for row in some], "o",
+                      color=f"C{i}", ms=4, label="measured, three seeds")
+        axes.set(xscale="log", xlabel="training FLOPs, 6 N D", title=f"{float(own[0]['n_total']) / 1e3:.0f}K in all")
+        axes.legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel("validation loss, nats a byte")
+    save(figure, path)
+
+
 def save(figure, path: Path) -> None:
     for axes in figure.axes:
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -130,4 +150,5 @@ if __name__ == "__main__":
     draw_fit(laws, measured(), HERE / "fit.png")
     draw_isoflop(laws, HERE / "isoflop.png")
     draw_rates(json.loads((HERE / "rates.json").read_text()), HERE / "rates.png")
+    draw_pair(laws, HERE / "pair.png")
     (HERE / "best.json").write_text(json.dumps(best(laws), indent=1) + "\n")
