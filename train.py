@@ -559,8 +559,9 @@ def source_files(dataset: str) -> list[Path]:
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name.endswith(TEXT_SUFFIXES)]
         require(bool(files), f"dataset folder {dataset} holds no file ending in {' '.join(TEXT_SUFFIXES)}")
         return files
-    files = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(dataset, recursive=True))]
-    require(bool(files), f"dataset {dataset!r} is neither 'stdlib' nor an existing file, folder or glob pattern")
+    found = [path] if path.exists() else map(Path, sorted(glob.glob(dataset, recursive=True)))
+    files = [p for p in found if p.is_file()]                               # a pipe would be waited for
+    require(bool(files), f"dataset {dataset!r} is neither 'stdlib' nor a file, a folder or a pattern of files")
     return files
 
 
@@ -635,14 +636,16 @@ def split(sides: list[np.ndarray], seq_len: int) -> list[list[np.ndarray]]:
     """Both sides as is_held_out made them; where one has no window, the last twentieth of all is for validation."""
     if min(map(len, sides)) <= seq_len:
         whole = np.concatenate(sides)
-        cut = max(0, min(len(whole) * 19 // 20, len(whole) - seq_len - 1))
+        require(len(whole) > 2 * seq_len + 1, f"the text is {len(whole):,} tokens: training and validation take a "
+                f"sequence of seq_len = {seq_len} each, so use more text or a smaller seq_len")
+        cut = min(len(whole) * 19 // 20, len(whole) - seq_len - 1)
         sides = [whole[:cut], whole[cut:]]
     return [[side] for side in sides]
 
 
 def tokenise(files: list[Path], tokenizer, folder: Path, manifest: dict) -> None:
     """Write train.bin, val.bin and manifest.json into a temporary folder, renamed when it is complete."""
-    print(f"tokenising {len(files)} files into {folder}", flush=True)
+    print(f"tokenising {len(files)} file{'s'[:len(files) - 1]} into {folder}", flush=True)
     for old in folder.parent.glob("*.tmp"):                     # of runs that were killed while they wrote it
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > 60 and (owner := hold(old / "lock")):

@@ -475,6 +475,33 @@ def test_empty_documents_are_dropped_and_counted(command):
     assert same(weights("out/more"), weights("out/corpus"))
 
 
+def test_what_is_no_file_of_text_is_refused_and_not_waited_for(command):
+    """D18."""
+    Path("dead.txt").symlink_to("nowhere")
+    Path("loop.txt").symlink_to("loop.txt")
+    os.mkfifo("pipe.txt")
+    for name in ("dead.txt", "loop.txt", "pipe.txt", "/dev/zero", "a" * 240 + ".txt"):
+        one_line(command(f"--dataset={name}"), name)
+
+
+@pytest.mark.parametrize("change", [dict(vocab={"a": -1, "b": 1}), dict(vocab={"a": 2**40, "b": 1}), dict(vocab={}),
+                                    dict(merges=["a c"]), dict(type="x"), "(?<=a", "["])
+def test_a_tokenizer_of_impossible_ids_or_patterns_is_refused(change):
+    """D27."""
+    pytest.importorskip("tokenizers")
+    found = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}, "added_tokens": []}
+    Path("tokenizer.json").write_text(json.dumps(found))
+    assert m.FolderTokenizer(Path()).encode_ordinary("abab") == [2, 2]
+    if isinstance(change, dict):
+        found["model"] |= change
+    else:
+        split = {"type": "Split", "behavior": "Isolated", "invert": False}
+        found["pre_tokenizer"] = split | {"pattern": {"Regex": change}}
+    Path("tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(BadInput, match="is no tokenizer that the package"):
+        m.FolderTokenizer(Path())
+
+
 def test_configs_are_found_from_anywhere_and_no_module_that_windows_lacks_is_imported_at_once():
     """D22."""
     assert t.read_config("configs/tiny.py").max_steps == 600

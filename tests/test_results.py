@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import runpy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -126,6 +127,31 @@ def test_each_command_shown_is_accepted_and_is_that_of_runs_that_were_kept(folde
             assert {row["model"] for row in rows} >= set(names[0].split(","))
         else:
             assert any(meaning(row["command"]) == meaning(command) for row in rows), command
+
+
+def test_the_effects_of_the_factorial_are_those_of_its_runs():
+    script = runpy.run_path(str(RESULTS / "slicing/factorial.py"))
+    rows, saved = runs("slicing/factorial"), read("slicing/factorial.json")
+    cells = losses([row for row in rows if "-" not in row["model"]])
+    assert len(cells) == 16 and all(len(values) == 3 for values in cells.values())
+    effects, half = script["effects"](cells)
+    assert saved["effects"] == pytest.approx(effects) and saved["half_interval"] == pytest.approx(half)
+    for name, effect in effects.items():                   # the definition, cell by cell
+        sign = {cell: np.prod([1 if letter in cell else -1 for letter in name]) for cell in cells}
+        assert effect == pytest.approx(sum(sign[cell] * fmean(cells[cell]) for cell in cells) / 8)
+    for choice, effect, interval, saving, verdict in table(SLICING, "choice", "effect, nats"):
+        name, _, meaning = choice.partition(": ")
+        assert script["MEANING"][name].split()[0] in meaning
+        assert (effect, interval) == (signed(effects[name]), f"± {half:.3f}")
+        assert saving == f"{saved['compute_saved'][name]:.2f}x"
+        assert verdict == ("not resolved" if abs(effects[name]) <= half else "helps" if effects[name] < 0 else "hurts")
+    pairs = {name: effect for name, effect in effects.items() if len(name) == 2}
+    outside = {f"{name[0]} x {name[1]} {signed(effect)}" for name, effect in pairs.items() if abs(effect) > half}
+    says(SLICING, *outside)
+    assert len(outside) == 3 and max(map(abs, pairs.values())) < min(0.0125, abs(effects["A"]) / 4)
+    gain = {many: fmean(fmean(cells[cell]) * (-1) ** ("E" in cell) for cell in cells if ("A" in cell) == many) * 2
+            for many in (True, False)}
+    says(SLICING, f"dropless gains {gain[True]:.3f} with many experts and {gain[False]:.3f} with few")
 
 
 # --- differences between models -------------------------------------------------------------------------------------

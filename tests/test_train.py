@@ -369,7 +369,7 @@ def test_parquet_is_read_by_its_text_column_and_without_pyarrow_is_one_line(refu
 
 LONG = gzip.compress(b'{"text": "' + random.Random(0).randbytes(3000).hex().encode() + b'"}\n')
 BAD_INPUTS = [
-    ("empty.txt", b"", "holds no text"), ("tiny.txt", b"just this", "less than one sequence"),
+    ("empty.txt", b"", "holds no text"), ("tiny.txt", b"just this", "the text is 10 tokens"),
     ("binary.txt", b"\x7fELF\0\0\0", "is binary"), ("latin.txt", "grüße".encode("latin-1") * 99, "is not UTF-8"),
     ("latin.jsonl", '{"text": "grüße"}\n'.encode("latin-1"), "is not UTF-8"),
     ("line.jsonl", b'{"text": "a"}\n{"text": \n', "line.jsonl line 2"), ("list.jsonl", b"[1]\n", "list.jsonl line 1"),
@@ -397,9 +397,9 @@ def test_a_place_without_text_or_with_a_token_that_has_no_row_in_the_embedding_g
     Path("bare").mkdir()
     Path("bare/picture.png").write_bytes(b"\x89PNG")
     refused("holds no file ending in .txt", "--dataset=bare")
-    refused("neither 'stdlib' nor an existing file", "--dataset=nowhere")
-    refused("neither 'stdlib' nor an existing file", "--dataset=corpus/*.md")
-    refused("cannot be read", "--dataset=corpu*")
+    refused("neither 'stdlib' nor a file", "--dataset=nowhere")
+    refused("neither 'stdlib' nor a file", "--dataset=corpus/*.md")
+    refused("a pattern of files", "--dataset=corpu*")
     Path("bare/picture.png").rename("bare/loop.txt")
     os.symlink("gone.txt", "bare/broken.txt")
     refused("bare/loop.txt is not UTF-8", "--dataset=bare")

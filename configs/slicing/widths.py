@@ -6,7 +6,7 @@
 #           total of 2,048; four widths each, three seeds. The rate of an active size follows from N^-0.51, the slope of
 #           results/joint_law/rates.json: it is not tuned at each.
 # Run       python train.py configs/slicing/widths.py --parallel=2, then python results/slicing/widths.py
-# Scale     819,200 tokens of Python source a run (39M in all); `scale`, 1 unless given, widens and lengthens.
+# Scale     716,800 tokens of Python source a run (34M in all); `scale`, 1 unless given, widens and lengthens.
 
 n_layer = 3
 d_model = 64 * scale
@@ -17,12 +17,12 @@ vocab_size = 264
 seq_len = 128
 
 micro_batch = 16 * scale    # 2,048 tokens a step
-max_steps = 400 * scale
+max_steps = 350 * scale
 warmup = 0.05
 eval_interval = 1_000_000
 eval_tokens = 262_144
 log_interval = 100
-checkpoint_interval = 200 * scale
+checkpoint_interval = 175 * scale
 seeds = [1, 2, 3]
 along = "d_expert"
 
