@@ -167,6 +167,7 @@ def replayed(calls: list[Callable]) -> float:
 def timed(calls: Calls, seconds=4.0, **amounts) -> list[dict]:
     """A row a candidate: its median seconds, their spread, each amount (of tokens, say) a second, its share of the
     candidate named "floor...", and how many times faster the faster of those named "ours..." is."""
+    print(f"timing {', '.join(calls)}", file=sys.stderr, flush=True)
     for run in calls.values():                                    # a first round, which may compile, does not count
         run()
     spent = sum(map(clock, calls.values()))                       # nor does the second: it says how many there can be
@@ -978,6 +979,10 @@ def bench_gpu(args) -> None:
         return find_numbers(args.only)
     require(0 < args.budget < 1e6, f"--budget {args.budget} must be a positive number of seconds")
     require(not args.config, f"gpu has sizes of its own and takes no file {args.config}")
+    require(not args.json and not args.peers, "gpu writes gpu.json into --out, and its part peers times the others: "
+            "--json and --peers are for single benchmarks")
+    if not GPU:
+        print("no CUDA GPU here: every part runs small, to try the plumbing, and its numbers say nothing", flush=True)
     out, end = Path(args.out), time.monotonic() + args.budget
     out.mkdir(parents=True, exist_ok=True)
     path = out / "gpu.json"

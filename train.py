@@ -616,7 +616,7 @@ def prepare(config: Config, tokenizer) -> list[list[np.ndarray]]:
                 "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
                 "dtype": "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"}
     key = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:12]
-    folder = Path("data") / f"{Path(config.dataset).name.replace('*', '')}-{Path(config.tokenizer).stem}-{key}"
+    folder = Path("data") / f"{Path(config.dataset).name.replace('*', '').strip('.') or 'text'}-{Path(config.tokenizer).stem}-{key}"
     if not (folder / "manifest.json").is_file():
         tokenise(files, tokenizer, folder, manifest)
     return split([read_tokens(folder, side, manifest["dtype"]) for side in ("train", "val")], config.seq_len)
@@ -1278,7 +1278,7 @@ def describe(config: Config, data: Corpus, need: int, free: int) -> None:
     print(f"data: {config.dataset} in {config.tokenizer}, {sum(map(len, data.train.arrays)):,} training and "
           f"{sum(map(len, data.val.arrays)):,} validation tokens")
     print(f"run: {data.steps:,} steps, {tokens:,} tokens ({tokens / (len(data.train) * config.seq_len):.2f} epochs), "
-          f"{sizes['flops']:.3g} FLOPs; about {need / 2**30:.2f} GiB of the {free / 2**30:.1f} GiB "
+          f"{sizes['flops']:.3g} FLOPs; about {need / 2**30:.2f} GiB beside torch's own, of {free / 2**30:.1f} GiB "
           f"free on {config.device}, {config.dtype}", flush=True)
 
 
@@ -1996,7 +1996,8 @@ def sweep(args: argparse.Namespace, runs: list[Trial], sum_up: Callable[[Path, l
 def run_all(chosen: list[Trial], parallel: int) -> None:
     """Keep `parallel` processes busy until all have ended. Ctrl-C and SIGTERM are passed on, once: the runs save."""
     waiting = [run for run in chosen if run.config.overwrite or outcome(run)[0] not in RESULTS]
-    print(f"{len(chosen)} runs, {len(chosen) - len(waiting)} of them have a result; {parallel} at once", flush=True)
+    print(f"{len(chosen)} run{'s'[:len(chosen) - 1]}, {len(chosen) - len(waiting)} of them have a result; "
+          f"{parallel} at once", flush=True)
     work = {run.name: paid_flops(run) for run in waiting}                    # the time left goes by it
     stop, told, begin, n, done = catch_signals(), False, time.monotonic(), len(waiting), 0
     slots, live = list(range(parallel)), []

@@ -302,12 +302,12 @@ def test_the_models_and_estimates_beside_what_the_article_publishes_are_those_of
 
 
 @pytest.mark.slow
-def test_the_gpu_command_runs_its_parts_small_where_there_is_no_gpu(tmp_path):
+def test_the_gpu_command_runs_its_parts_small_where_there_is_no_gpu_and_says_so(tmp_path, capsys):
     (tmp_path / "gpu.json").write_text('{"step": {"status": "done"}}')                     # of an earlier command
     with pytest.raises(SystemExit) as ended:
         bench.main(["gpu", "--only", "env,layer,loss", "--budget", "100", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert not ended.value.code
+    assert not ended.value.code and capsys.readouterr().out.startswith("no CUDA GPU here: every part runs small")
     assert [*found] == ["step", "env", "layer", "loss"] and all(part["status"] == "done" for part in found.values())
     assert found["env"]["conditions"]["torch"] and found["loss"]["pieces of 256 MiB: ms"] > 0
     assert max(found["layer"]["E=16, weights float32: errors of y and gradients, an expert empty"]) < 1e-5
@@ -339,3 +339,5 @@ def test_the_gpu_command_names_a_part_that_is_none():
         bench.main(["gpu", "--only", "env,kernel"])
     with pytest.raises(BadInput, match=r"--budget 0\.0 must be a positive number"):
         bench.main(["gpu", "--budget", "0"])
+    with pytest.raises(BadInput, match="--json and --peers are for single benchmarks"):
+        bench.main(["gpu", "--peers"])

@@ -3,8 +3,8 @@
 # Source    "Slicing and Dicing" (Li 2026), finding 2: the best width depends on the active size, hardly on the total.
 #           granularity.py varies both at once; here the other one is held.
 # Here      hidden units of a layer, of one d_model. Active 128 of a total of 512 and of 2,048; active 64 and 256 of a
-#           total of 2,048; four widths each, three seeds. The rate of an active size follows from N^-0.51, the slope of
-#           results/joint_law/rates.json: it is not tuned at each.
+#           total of 2,048; four widths each, of which a token visits 16, 8, 4 and 2; three seeds. The rate of an active
+#           size follows from N^-0.51, the slope of results/joint_law/rates.json; width_rates.py tries half and twice.
 # Run       python train.py configs/slicing/widths.py --parallel=2, then python results/slicing/widths.py
 # Scale     716,800 tokens of Python source a run (34M in all); `scale`, 1 unless given, widens and lengthens.
 
@@ -35,5 +35,5 @@ def _rate(active: int) -> float:
 runs = [dict(name=f"a{active}-t{total}-w{width}", group=f"active {active}, total {total}", top_k=active // width,
              n_expert=total // width, d_expert=width * scale, learning_rate=_rate(active))
         for active, total, widths in ((128, 512, (8, 16, 32, 64)), (128, 2048, (8, 16, 32, 64)),
-                                      (64, 2048, (8, 16, 32, 64)), (256, 2048, (16, 32, 64, 128)))
+                                      (64, 2048, (4, 8, 16, 32)), (256, 2048, (16, 32, 64, 128)))
         for width in widths]
