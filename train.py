@@ -480,6 +480,8 @@ def make_config(values: dict, out_dir: str, chosen: dict) -> Config:
     config.out_dir = config.out_dir or out_dir
     if UNDER_TORCHRUN and config.batch_tokens is None:                      # kept: on another number of ranks the same
         config.batch_tokens = ramp(config)[0][1]
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):                # of --max-restarts: it goes on, not anew
+        config.overwrite = False
     kind, _, number = config.device.partition(":")
     require(kind in ("cpu", "cuda", "mps") and (number.isdigit() or ":" not in config.device),
             f"device = {config.device!r} must be cpu, cuda, cuda:N or mps")
@@ -616,7 +618,8 @@ def prepare(config: Config, tokenizer) -> list[list[np.ndarray]]:
                 "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
                 "dtype": "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"}
     key = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:12]
-    folder = Path("data") / f"{Path(config.dataset).name.replace('*', '').strip('.') or 'text'}-{Path(config.tokenizer).stem}-{key}"
+    name = Path(config.dataset).name.replace("*", "").strip(".")[-80:] or "text"
+    folder = Path("data") / f"{name}-{Path(config.tokenizer).stem}-{key}"
     if not (folder / "manifest.json").is_file():
         tokenise(files, tokenizer, folder, manifest)
     return split([read_tokens(folder, side, manifest["dtype"]) for side in ("train", "val")], config.seq_len)
@@ -819,10 +822,11 @@ def save_checkpoint(path: Path, state: dict) -> None:
         room = shutil.disk_usage(path.parent).free / 2**30
         raise BadInput(f"{path} cannot be written ({str(error)[:99]}; {room:.2f} GiB are free there): the checkpoint "
                        "before it is whole; make room, and the same command continues") from None
-    previous = path.with_suffix(".prev.pt")
-    previous.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):                            # (a file system without links keeps no second one)
-        os.link(path, previous)
+    if path.name == "ckpt.pt":
+        previous = path.with_suffix(".prev.pt")
+        previous.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                        # (a file system without links keeps no second one)
+            os.link(path, previous)
     partial.replace(path)
 
 
@@ -834,7 +838,13 @@ def go_back(config: Config) -> None:
     changed = differences(read_json(out / "config.json"), as_json(config))
     require(not changed, f"{out} holds a run with another config ({'; '.join(changed)})")
     lock(out)
-    (out / "result.json").unlink(missing_ok=True)
+    try:
+        whole = fits(load_checkpoint(previous, config), config)
+    except BadInput:
+        whole = False
+    require(whole, f"{previous} is damaged or does not fit: {out}/ckpt.pt stays as it is")
+    for name in ("result.json", "outcome.json"):
+        (out / name).unlink(missing_ok=True)
     previous.replace(out / "ckpt.pt")
 
 
@@ -875,7 +885,7 @@ def open_run(config: Config, data: int) -> dict | None:
     out, now = Path(config.out_dir), as_json(config) | {"data": data}
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
-    for name in RUN_FILES if config.overwrite else ():
+    for name in RUN_FILES if config.overwrite and not RANK else ():
         (out / name).unlink(missing_ok=True)
     there = (out / "ckpt.pt").is_file()
     then = read_json(out / "config.json") if there or (out / "config.json").is_file() else now
@@ -1586,9 +1596,10 @@ def read_log(out: Path) -> list[dict]:
 
 def log_line(text: str) -> dict:
     """What Run.write wrote, or {}."""
-    with contextlib.suppress(ValueError, RecursionError):
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
         line = json.loads(text)
-        if isinstance(line, dict) and type(line.get("step")) is int and isinstance(line.get("load", []), list) and all(
+        load = np.asarray(line.get("load", [[]]), float)                    # (L, E)
+        if type(line.get("step")) is int and load.ndim == 2 and all(
                 isinstance(line.get(name), NUMBER) for name in ("tokens", "seconds")) and all(
                 value is None or isinstance(value, NUMBER) for name, value in line.items() if name != "load"):
             return line
@@ -1635,6 +1646,7 @@ def pyplot():
 def draw_experts(loads: list[dict], out: Path) -> None:
     """Above, a panel a layer, a row an expert, time to the right; colour is an expert's share of tokens over an even
     share. Below, what the log sums up of it: the busiest expert, the routers' indecision, experts without a token."""
+    loads = [x for x in loads if np.shape(x["load"]) == np.shape(loads[-1]["load"])]
     load = np.array([x["load"] for x in loads])                             # (time, L, E)
     load = load / load.sum(-1, keepdims=True).clip(1e-9) * load.shape[2]    # a router may leave slots unused
     columns = min(4, load.shape[1])
@@ -1788,12 +1800,14 @@ def read_runs(path: str, overrides: dict | None = None, seeds: list | None = Non
     seeds = seeds or in_file
     require(isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries),
             f"{path}: runs must be a list of dict(name=..., field=...)")
-    require(isinstance(seeds, list) and all(type(seed) is int for seed in seeds) and len({*seeds}) == len(seeds),
-            f"{path}: seeds = {seeds!r} must be different whole numbers, such as [1, 2, 3]")
+    for some in (in_file, seeds):
+        require(isinstance(some, list) and all(type(seed) is int for seed in some) and len({*some}) == len(some),
+                f"{path}: seeds = {some!r} must be different whole numbers, such as [1, 2, 3]")
     require(not seeds or "seed" not in overrides, "--seed would make the seeds of a run all the same: use --seeds")
     folder = overrides.get("out_dir") or shared.get("out_dir") or f"out/{Path(path).stem}"
+    suffix = "-s{}" if max(len(in_file), len(seeds)) > 1 else ""            # (a part of the seeds has the same names)
     runs = [run for entry in entries for seed in seeds or [None]
-            for run in make_runs(entry, seed, f"-s{seed}" if len(seeds) > 1 else "", shared, overrides, folder)]
+            for run in make_runs(entry, seed, suffix.format(seed), shared, overrides, folder)]
     for run in runs:
         run.along = along
         run.baseline = baseline
@@ -2023,7 +2037,7 @@ def run_all(chosen: list[Trial], parallel: int) -> None:
             status, reason, result = outcome(one.run)
             flops, now = work.pop(one.run.name), time.monotonic()
             done += flops if result else 0
-            left = f", about {(now - begin) * sum(work.values()) / done / 60:.0f} minutes left" if done else ""
+            left = f", about {math.ceil((now - begin) * sum(work.values()) / done / 60)} min left" if done else ""
             ended = f"loss {result['loss']:.4f}" if result else reason
             print(f"{n - len(work)} of {n}: {one.run.name} {status}, {ended}, {now - one.clock:.0f} s; "
                   f"{len(live)} running, {len(waiting)} waiting{left}", flush=True)
@@ -2053,6 +2067,10 @@ def take_over_trunk(run: Trial) -> None:
     same = not differences(then, now | {"max_tokens": then.get("max_tokens")})           # it may be of an older config
     if (here / "ckpt.pt").is_file() or not (there / "trunk.pt").is_file() or not same:
         return
+    try:
+        load_checkpoint(there / "trunk.pt", run.config)
+    except BadInput:
+        return print(f"{there}/trunk.pt is damaged: {run.name} begins at its first step")
     write_text_file(here / "config.json", json.dumps(then | now, indent=1))
     shutil.copy(there / "log.jsonl", here)                                 # (its later lines are left out by open_run)
     shutil.copy(there / "trunk.pt", here / "ckpt.tmp")
@@ -2195,7 +2213,9 @@ def summarise(folder: Path, runs: list[Trial]) -> None:
                           *[EQUAL_LOSS.format(runs[0].baseline)] * bool(ladder)])
     write_text_file(folder / "summary.md", f"# {folder.name}\n\n{tables}\n")
     draw_summary(folder, groups, runs[0].along)
-    print(f"\n{tables}\n\n{folder}/ holds summary.csv, summary.md and summary.png")
+    failed = {row["reason"]: row["name"] for row in rows if row["status"] == "failed"}
+    print(f"\n{tables}\n\n{folder}/ holds summary.csv, summary.md and summary.png",
+          *(f"{name} failed: {reason}" for reason, name in failed.items()), sep="\n")
 
 
 def differing(runs: list[Trial]) -> list[str]:

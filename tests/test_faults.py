@@ -137,8 +137,15 @@ def test_a_damaged_checkpoint_offers_the_one_before_it_which_continues_to_the_sa
     CKPT.write_bytes(CKPT.read_bytes()[:-100])
     one_line(command(), "train.py --previous goes back")
     one_line(command("--previous", "--learning_rate=1e-5"), "another config")
+    previous = CKPT.with_suffix(".prev.pt")
+    damaged, whole = CKPT.read_bytes(), previous.read_bytes()
+    previous.write_bytes(whole[:-100])
+    one_line(command("--previous"), "ckpt.prev.pt is damaged or does not fit: out/tiny/ckpt.pt stays as it is")
+    assert CKPT.read_bytes() == damaged
+    previous.write_bytes(whole)
+    (OUT / "outcome.json").write_text('{"status": "diverged"}')
     code, out, err = command("--previous")
-    assert code == 0 and "continuing at step 9 of 12" in out, err
+    assert code == 0 and "continuing at step 9 of 12" in out and not (OUT / "outcome.json").exists(), err
     assert same(weights(), weights("out/straight"))
     CKPT.with_suffix(".prev.pt").unlink()
     one_line(command("--previous"), "is not there")
@@ -441,7 +448,8 @@ def test_damaged_tokens_are_refused_with_the_folder_to_delete(damage, command):
 
 @pytest.mark.parametrize("line", [b"\xff", b"5", b"null", b'{"step": "x"}', b'{"step": 3}', b"[" * 99_999,
                                   b'{"step": 3,', b'{"step": 3, "tokens": 1, "seconds": 1, "ce": "x"}', b"{}",
-                                  b'{"step": 3, "tokens": 1, "seconds": 1, "load": 5}', b'{"step": 1e999}'])
+                                  b'{"step": 3, "tokens": 1, "seconds": 1, "load": 5}', b'{"step": 1e999}',
+                                  b'{"step": 3, "tokens": 1, "seconds": 1, "load": [[0.5, 0.5], [1]]}'])
 def test_a_damaged_line_of_the_log_is_dropped_and_said(line, halfway, command):
     """D10: to resume and to draw."""
     path = OUT / "log.jsonl"

@@ -103,7 +103,7 @@ def test_a_sweep_goes_on_after_a_run_too_big_one_that_diverges_and_one_that_is_k
     assert rows["killed"]["reason"] == "killed by signal 9"
     assert float(rows["fine"]["loss"]) == json.loads(Path("out/sweep/fine/result.json").read_text())["loss"]
     assert "done: " in Path("out/sweep/fine/train.log").read_text()
-    assert re.search(r"^4 of 4: .*; 0 running, 0 waiting, about 0 minutes left$", out, re.M)
+    assert re.search(r"^4 of 4: .*; 0 running, 0 waiting, about 0 min left$", out, re.M)
     code, out, _ = command()
     assert code == 0 and statuses()["killed"] == "done"
     assert "4 runs, 3 of them have a result" in out, "results are kept, failures are tried again"
@@ -263,7 +263,7 @@ def test_seeds_repeat_each_run_and_only_starts_one_or_all_of_them(command, endin
         ("a-s2", 2), ("b-s1", 1), ("b-s2", 2), ("b-s3", 3)]
     assert [name for name, status in statuses().items() if status == "skipped"] == ["a-s1", "a-s3"]
     command("--seeds=5", "--only=a,b")
-    assert [(name, config.seed) for name, config, _ in endings.started[4:]] == [("a", 5), ("b", 5)]
+    assert [(name, config.seed) for name, config, _ in endings.started[4:]] == [("a-s5", 5), ("b-s5", 5)]
 
 
 # --- the summary ----------------------------------------------------------------------------------------------------
@@ -445,9 +445,13 @@ def test_a_branch_waits_for_the_shorter_one_and_takes_no_trunk_of_another_config
     assert in_process == ["a-512", "b-512", "a-1024"] and out.count("continuing at step") == 1
     row = json.loads(command("--dry_run", "--json")[1])[1]
     assert row["tokens"] == 1024 and row["flops_paid"] == row["flops"] * 640 // 1024
-    write(dict(name="a", branches=[512, 1024, 2048]), learning_rate=2e-3, **BRANCHES)
-    _, out, _ = command("--only=a-2048")
-    assert in_process[3:] == ["a-2048"] and "continuing" not in out
+    Path("out/sweep/a-1024/trunk.pt").write_bytes(b"damaged")
+    write(dict(name="a", branches=[512, 1024, 2048]), **BRANCHES)
+    code, out, _ = command("--only=a-2048")
+    assert code == 0 and "trunk.pt is damaged: a-2048 begins at its first step" in out and "continuing" not in out
+    write(dict(name="a", branches=[512, 1024, 4096]), learning_rate=2e-3, **BRANCHES)
+    _, out, _ = command("--only=a-4096")
+    assert in_process[3:] == ["a-2048", "a-4096"] and "continuing" not in out
 
 
 def test_the_papers_own_runs_are_listed_with_its_sizes_tokens_and_rates(command, monkeypatch):

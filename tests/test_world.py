@@ -41,6 +41,17 @@ def test_under_torchrun_a_batch_of_one_micro_batch_a_rank_is_a_number_in_the_run
     assert train.make_config(dict(micro_batch=3, seq_len=32, device="cpu"), "out/x", {}).batch_tokens == 2 * 3 * 32
 
 
+def test_another_rank_than_the_first_overwrites_nothing_and_a_restart_goes_on(monkeypatch, tmp_path):
+    config = train.make_config(dict(micro_batch=3, seq_len=32, device="cpu", overwrite=True), str(tmp_path), {})
+    train.open_run(config, 0)
+    train.lock.file.close()
+    monkeypatch.setattr(train, "RANK", 1)
+    train.open_run(config, 0)
+    assert config.overwrite and json.loads((tmp_path / "config.json").read_text())["micro_batch"] == 3
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not train.make_config(dict(device="cpu", overwrite=True), "out/x", {}).overwrite
+
+
 def test_bytes_by_hand():
     """Four experts of 3 * 8 * 16 weights a layer in two layers, halved; float32 rows of K = 2 copies."""
     c = train.make_config(dict(n_layer=2, d_model=8, n_head=2, n_kv_head=2, d_head=4, n_expert=4, d_expert=16, top_k=2,

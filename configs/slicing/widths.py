@@ -3,10 +3,10 @@
 # Source    "Slicing and Dicing" (Li 2026), finding 2: the best width depends on the active size, hardly on the total.
 #           granularity.py varies both at once; here the other one is held.
 # Here      hidden units of a layer, of one d_model. Active 128 of a total of 512 and of 2,048; active 64 and 256 of a
-#           total of 2,048; four widths each, of which a token visits 16, 8, 4 and 2; three seeds. The rate of an active
-#           size follows from N^-0.51, the slope of results/joint_law/rates.json; width_rates.py tries half and twice.
+#           total of 2,048; widths of which a token visits 16, 8, 4 and 2; three seeds. Each active size has its own
+#           rate, the bottom of a parabola through the best three of width_rates.py.
 # Run       python train.py configs/slicing/widths.py --parallel=2, then python results/slicing/widths.py
-# Scale     716,800 tokens of Python source a run (34M in all); `scale`, 1 unless given, widens and lengthens.
+# Scale     716,800 tokens of Python source a run (32M in all); `scale`, 1 unless given, widens and lengthens.
 
 n_layer = 3
 d_model = 64 * scale
@@ -26,14 +26,9 @@ checkpoint_interval = 175 * scale
 seeds = [1, 2, 3]
 along = "d_expert"
 
-
-def _rate(active: int) -> float:
-    """4e-3 at 128 active hidden units, elsewhere by the parameters of a block: attention 3 D^2, experts 3 D active."""
-    return 4e-3 / scale * ((64 + active) / (64 + 128)) ** -0.51
-
-
+_rates = {64: 8.9e-3, 128: 1.17e-2, 256: 1.07e-2}      # by active hidden units
 runs = [dict(name=f"a{active}-t{total}-w{width}", group=f"active {active}, total {total}", top_k=active // width,
-             n_expert=total // width, d_expert=width * scale, learning_rate=_rate(active))
+             n_expert=total // width, d_expert=width * scale, learning_rate=_rates[active] / scale)
         for active, total, widths in ((128, 512, (8, 16, 32, 64)), (128, 2048, (8, 16, 32, 64)),
-                                      (64, 2048, (4, 8, 16, 32)), (256, 2048, (16, 32, 64, 128)))
+                                      (64, 2048, (8, 16, 32)), (256, 2048, (16, 32, 64, 128)))
         for width in widths]

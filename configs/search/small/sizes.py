@@ -13,13 +13,13 @@ from model import ModelConfig, count
 
 _small = run_path(str(Path(__file__).with_name("architecture.py")))
 _copied = ("n_head n_kv_head vocab_size seq_len tie_embeddings micro_batch learning_rate schedule warmup weight_decay "
-           "beta1 beta2 eval_tokens log_interval").split()
+           "beta1 beta2 eval_tokens log_interval max_steps").split()
 globals().update({name: _small[name] for name in _copied})
 
 eval_interval = 1_000_000
 checkpoint_interval = 250
 out_dir = "out/small_sizes"
-seeds = [1, 2, 3]
+seeds = [1, 2]
 
 
 def _shape(name: str, size: int) -> dict:
@@ -36,11 +36,10 @@ def _flops(shape: dict) -> int:
 
 runs = []
 for _size in (2, 4):
-    _steps = round(_small["max_steps"] * _size**0.5)
     _shapes = {name: _shape(name, _size) for name in _small["_shapes"]}
     for _name, _own in _shapes.items():
         _share = _flops(_shapes["1b"]) / _flops(_own)
-        runs.append(dict(name=f"{_name}-x{_size}", group=f"x{_size}, equal tokens", max_steps=_steps, **_own))
+        runs.append(dict(name=f"{_name}-x{_size}", group=f"x{_size}, equal tokens", **_own))
         if _name != "1b":                     # at its own FLOPs the cheapest is the run above
             runs.append(dict(name=f"{_name}-x{_size}-flops", group=f"x{_size}, equal FLOPs",
-                             max_steps=round(_share * _steps), **_own))
+                             max_steps=round(_share * max_steps), **_own))
