@@ -134,8 +134,17 @@ def test_the_effects_of_the_factorial_are_those_of_its_runs():
     rows, saved = runs("slicing/factorial"), read("slicing/factorial.json")
     cells = losses([row for row in rows if "-" not in row["model"]])
     assert len(cells) == 16 and all(len(values) == 3 for values in cells.values())
-    effects, half = script["effects"](cells)
+    effects, half, own_half = script["effects"](cells)
     assert saved["effects"] == pytest.approx(effects) and saved["half_interval"] == pytest.approx(half)
+    assert saved["own_half"] == pytest.approx(own_half)
+    flops = {row["model"]: float(row["flops"]) for row in rows}
+    assert saved["compute_saved"] == pytest.approx(script["compute_saved"](cells, flops, saved["ladder"]))
+    assert [flops[name] for name in ("E-244", "E", "E-976")] == [cost for cost, _ in saved["ladder"]]
+    # A: on the ladder's second half 0.055 nats are worth so much, and its cells take so much more
+    (_, _), (low, high), (top, bottom) = saved["ladder"]
+    worth = abs(effects["A"]) / ((high - bottom) / np.log(top / low))
+    extra = np.mean([np.log(flops[cell]) * (1 if "A" in cell else -1) for cell in cells]) * 2
+    assert saved["compute_saved"]["A"] == pytest.approx(np.exp(worth - extra), rel=0.1)
     for name, effect in effects.items():                   # the definition, cell by cell
         sign = {cell: np.prod([1 if letter in cell else -1 for letter in name]) for cell in cells}
         assert effect == pytest.approx(sum(sign[cell] * fmean(cells[cell]) for cell in cells) / 8)
@@ -149,9 +158,41 @@ def test_the_effects_of_the_factorial_are_those_of_its_runs():
     outside = {f"{name[0]} x {name[1]} {signed(effect)}" for name, effect in pairs.items() if abs(effect) > half}
     says(SLICING, *outside)
     assert len(outside) == 3 and max(map(abs, pairs.values())) < min(0.0125, abs(effects["A"]) / 4)
-    gain = {many: fmean(fmean(cells[cell]) * (-1) ** ("E" in cell) for cell in cells if ("A" in cell) == many) * 2
-            for many in (True, False)}
-    says(SLICING, f"dropless gains {gain[True]:.3f} with many experts and {gain[False]:.3f} with few")
+    assert [name for name in pairs if abs(pairs[name]) > own_half[name]] == ["AB"]
+    says(SLICING, f"only A x B is outside, barely (± {own_half['AB']:.3f})")
+
+
+def test_the_best_widths_and_their_shifts_are_those_of_the_runs():
+    script, saved = runpy.run_path(str(RESULTS / "slicing/widths.py")), read("slicing/widths.json")
+    rows, bottom = runs("slicing/widths"), {}
+
+    def shown(found: dict, form: str) -> str:
+        low, value, high = (found[end] and format(found[end], form) for end in ("low", "value", "high"))
+        return f"{value} [{low}, {high}]" if low else f"{value}, no interval"
+
+    for active, total, best, *cells in table(SLICING, "active", "total", "best width, 95%"):
+        group = f"active {active}, total {total}"
+        found = np.array([[float(row[name]) for name in ("d_expert", "seed", "loss", "top_k", "n_expert")]
+                          for row in rows if row["group"] == group])
+        width, _, loss, top_k, n_expert = found.T
+        assert len(found) == 3 * len({*width}) >= 9
+        assert ({*(width * top_k)}, {*(width * n_expert)}) == ({float(active)}, {float(total)})
+        assert best == shown(saved["best"][group], ".0f")
+        assert cells == [f"{w:.0f}: {loss[width == w].mean():.3f}" for w in np.unique(width)]
+        bottom[group] = saved["best"][group]["value"]
+        a, b, _ = np.polyfit(np.log(width), loss, 2)         # every seed has every width: its offset moves no bottom
+        assert bottom[group] == pytest.approx(np.exp(-b / (2 * a)))
+    shifts = table(SLICING, "what changes", "best width, times")
+    for name, shift, verdict in shifts:
+        of, to = script["SHIFTS"][name]
+        assert shift == shown(saved["shifts"][name], ".1f") and verdict == saved["shifts"][name]["verdict"]
+        assert saved["shifts"][name]["value"] == pytest.approx(bottom[to] / bottom[of])
+    assert len(bottom) == len(shifts) == 4
+    assert saved["at_rates"] == script["at_rates"](runs("slicing/width_rates"))
+    for active, *cells in table(SLICING, "active", "half", "4e-3 N^-0.51"):
+        losses_at = saved["at_rates"][f"active {active}"]
+        assert cells == [f"{loss:.3f}" for loss in losses_at.values()] and [*losses_at] == ["1", "2", "4", "8", "16"]
+        assert losses_at["4"] < min(losses_at.values()) + 0.01, "the rate that widths.py takes is as good as the best"
 
 
 # --- differences between models -------------------------------------------------------------------------------------
@@ -211,6 +252,28 @@ def test_the_losses_beside_the_articles_are_the_means_of_the_runs():
     claims = re.findall(r"`(lr[\w-]+)`[^`]*?(\d\.\d{3})", SEARCH)
     assert claims[0][0] == min(rates, key=rates.get)
     assert all(rates[rate] == loss for rate, loss in claims)
+
+
+def test_the_trends_over_sizes_are_those_of_the_runs():
+    script, saved = runpy.run_path(str(RESULTS / "search/sizes.py")), read("search/sizes.json")
+    rows = script["read"]([RESULTS / f"search/{name}/summary.csv" for name in ("architecture", "sizes")])
+    found = script["losses"](rows)
+    assert saved["rank_correlations"] == {group: [script["rank_correlation"](found, rows, group, size) for size in
+                                                  script["SIZES"]] for group in script["GROUPS"]}
+    assert len(found) == 2 * 3 * 5 and all(len(some) == (3 if size == 1 else 2) for (*_, size), some in found.items())
+    for a, b, title in script["PAIRS"]:
+        for group in script["GROUPS"]:
+            one = saved["differences"][f"{title}, {group}"]
+            by_size = script["differences"](found, a, b, group)
+            assert one["seeds"] == list(by_size.values())
+            assert (one["slope"], one["half"]) == pytest.approx(script["trend"](by_size))
+            x, y = np.repeat([0, 1, 2], [3, 2, 2]), np.concatenate(one["seeds"])     # a line, from first principles
+            x = x - x.mean()
+            slope = (x * y).sum() / (x**2).sum()
+            error = (((y - y.mean() - slope * x) ** 2).sum() / 5 / (x**2).sum()) ** 0.5
+            assert (one["slope"], one["half"]) == pytest.approx((slope, 2.571 * error))
+    for line in (RESULTS / "search/sizes.md").read_text().splitlines():
+        assert line in SEARCH.splitlines(), line
 
 
 def ranks(x: list[float]) -> np.ndarray:

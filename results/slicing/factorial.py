@@ -3,9 +3,13 @@
     python train.py configs/slicing/factorial.py --parallel=2
     python results/slicing/factorial.py [--csv out/factorial/summary.csv]
 
-compute_saved: what the ladder of cell E would take to the same loss, over what was taken; above 1 a saving.
 An effect is the mean loss of the eight cells at one sign less that of the eight at the other; seeds are paired, so what
-a seed adds to all cells drops out. The interval is Student's at 95%, of the scatter of cells from seed to seed.
+a seed adds to all cells drops out. The interval is Student's at 95%, of the scatter of all cells from seed to seed;
+own_half takes the scatter of the effect itself over three seeds. Main effects share their column with interactions of
+four choices, and those of two with those of three, which are taken for nothing.
+
+compute_saved: the ladder of cell E at half, once and twice the tokens says how many times the FLOPs the change of loss
+is worth; that, over how many times the FLOPs the choice takes (routers of more experts are larger). Above 1 a saving.
 """
 
 import argparse
@@ -23,19 +27,39 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 MEANING = {"A": "16 experts for each visited, not 4", "B": "width 16, not 32", "C": "a quarter of them shared",
            "D": "a bias, not the loss", "E": "dropless, not capacity 1.25"}
-T_30 = 2.042                         # Student's 97.5% point of (16 - 1) (3 - 1) degrees of freedom
+T_30, T_2 = 2.042, 4.303             # Student's 97.5% points of (16 - 1) (3 - 1) and of 3 - 1 degrees of freedom
 
 
-def effects(losses: dict[str, list[float]]) -> tuple[dict[str, float], float]:
-    """({effect: nats}, half of every effect's 95% interval) from the loss of each cell, one a seed, in one order."""
-    cells = list(losses)
-    L = np.array([losses[cell] for cell in cells])                                # (16, seeds)
-    L = L - L.mean(0)
+def signs(cells: list[str]) -> dict[str, np.ndarray]:
+    """For each choice and pair of choices: +1 or -1 for each cell."""
     sign = {letter: np.array([1 if letter in cell else -1 for cell in cells]) for letter in MEANING}
-    for first, second in combinations(MEANING, 2):
-        sign[first + second] = sign[first] * sign[second]
+    return sign | {one + two: sign[one] * sign[two] for one, two in combinations(MEANING, 2)}
+
+
+def effects(losses: dict[str, list[float]]) -> tuple[dict[str, float], float, dict[str, float]]:
+    """({effect: nats}, half of every effect's 95% interval, {effect: half by its own scatter}) from the loss of each
+    cell, one a seed, in one order."""
+    L = np.array(list(losses.values()))                                           # (16, 3)
+    assert L.shape == (16, 3), "T_30 and T_2 are of 16 cells and three seeds"
+    L = L - L.mean(0)
+    by_seed = {name: 2 * sign @ L / len(L) for name, sign in signs(list(losses)).items()}
     deviation = np.sqrt(((L - L.mean(1, keepdims=True)) ** 2).sum() / (len(L) - 1) / (L.shape[1] - 1))
-    return {name: float(2 * (s @ L.mean(1)) / len(L)) for name, s in sign.items()}, T_30 * deviation * 2 / L.size**0.5
+    return ({name: float(some.mean()) for name, some in by_seed.items()}, float(T_30 * deviation * 2 / L.size**0.5),
+            {name: float(T_2 * some.std(ddof=1) / 3**0.5) for name, some in by_seed.items()})
+
+
+def compute_saved(losses: dict[str, list[float]], flops: dict[str, float], ladder: list) -> dict[str, float]:
+    """{effect: times}; ladder: (FLOPs, loss) of three budgets."""
+    spent, reached = np.log(ladder).T[0], np.array(ladder).T[1]
+
+    def worth(loss: float) -> float:
+        """ln FLOPs at which the ladder has this loss: it falls along straight lines in them."""
+        return np.interp(-loss, -reached, spent)
+
+    found, _, _ = effects(losses)
+    middle, cost = np.mean(list(losses.values())), np.log([flops[cell] for cell in losses])
+    return {name: float(np.exp(worth(middle + found[name] / 2) - worth(middle - found[name] / 2)
+                               - 2 * sign @ cost / len(cost))) for name, sign in signs(list(losses)).items()}
 
 
 def draw(found: dict[str, float], half: float, path: Path) -> None:
@@ -64,11 +88,9 @@ def main() -> None:
         flops[row["model"]] = float(row["flops"])
     ladder = sorted((flops[name], np.mean(losses.pop(name) if "-" in name else losses[name]))
                     for name in list(losses) if name.split("-")[0] == "E")
-    (low, high), _, (top, bottom) = ladder
-    slope = (bottom - high) / np.log(top / low)                                   # nats for each e-fold of compute
-    found, half = effects(losses)
-    result = {"effects": found, "half_interval": half, "nats_an_e_fold_of_compute": slope,
-              "compute_saved": {name: float(np.exp(effect / slope)) for name, effect in found.items()},
+    found, half, own_half = effects(losses)
+    saved = compute_saved(losses, flops, ladder)
+    result = {"effects": found, "half_interval": half, "own_half": own_half, "compute_saved": saved, "ladder": ladder,
               "losses": losses}
     (HERE / "factorial.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(found, half, HERE / "factorial.png")
@@ -78,7 +100,7 @@ def main() -> None:
         if len(name) > 1 and verdict != "not resolved":
             verdict = "they help each other" if effect < 0 else "they get in each other's way"
         meaning = f"{name}: {MEANING[name]}" if len(name) == 1 else f"{name[0]} x {name[1]}"
-        lines.append(f"| {meaning} | {effect:+.4f} | ± {half:.4f} | {np.exp(effect / slope):.2f}x | {verdict} |")
+        lines.append(f"| {meaning} | {effect:+.4f} | ± {half:.4f} | {saved[name]:.2f}x | {verdict} |")
     (HERE / "factorial.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
