@@ -1,7 +1,8 @@
 """The runs of configs/slicing/widths.py to widths.json: the best width of each active and total size, and its shifts.
 
     python train.py configs/slicing/widths.py --parallel=2
-    python results/slicing/widths.py [--csv out/widths/summary.csv]
+    python train.py configs/slicing/width_rates.py --parallel=2
+    python results/slicing/widths.py [--csv out/widths/summary.csv] [--rates out/width_rates/summary.csv]
 
 A parabola in the logarithm of the width, with an offset for each seed, is fitted to a group by least squares; its
 bottom's interval is that of 20,000 draws from the coefficients' distribution. Without a bottom in 95% of them: None.
@@ -42,16 +43,28 @@ def summed_up(draws: np.ndarray) -> dict:
             for name, value in (("value", draws[0]), ("low", low), ("high", high))}
 
 
+def at_rates(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """group -> {times its first rate: loss}."""
+    found = {}
+    for row in sorted(rows, key=lambda row: float(row["learning_rate"])):
+        own = found.setdefault(row["group"], [])
+        own.append((float(row["learning_rate"]), float(row["loss"])))
+    return {group: {f"{rate / own[0][0]:.3g}": loss for rate, loss in own} for group, own in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--csv", type=Path, default=HERE / "widths" / "summary.csv")
-    rows = list(csv.DictReader(parser.parse_args().csv.read_text().splitlines()))
+    parser.add_argument("--rates", type=Path, default=HERE / "width_rates" / "summary.csv")
+    args = parser.parse_args()
+    rows, tried = (list(csv.DictReader(path.read_text().splitlines())) for path in (args.csv, args.rates))
     rng, draws = np.random.default_rng(0), {}
     for group in dict.fromkeys(row["group"] for row in rows):
         some = [[float(row[name]) for name in ("d_expert", "seed", "loss")] for row in rows if row["group"] == group]
         draws[group] = bottoms(*np.array(some).T, rng)
     result = {"best": {group: summed_up(some) for group, some in draws.items()},
               "shifts": {name: summed_up(draws[to] - draws[of]) for name, (of, to) in SHIFTS.items()}}
+    result["at_rates"] = at_rates(tried)
     for shift in result["shifts"].values():
         shift["verdict"] = ("not resolved" if shift["low"] is None or shift["low"] <= 1 <= shift["high"] else
                             "wider" if shift["value"] > 1 else "narrower")
