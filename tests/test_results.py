@@ -61,7 +61,7 @@ def kept(folder: str) -> list[dict]:
     """The runs of this folder that keep.py kept, a dict a run."""
     found = []
     for path in sorted(RESULTS.glob(f"{folder}/*.json")):
-        found += [row | {"model": row["name"].rpartition("-s")[0], "group": ""} for row in read(path)["runs"]]
+        found += [row | {"model": row["name"].rpartition("-s")[0], "group": ""} for row in read(path).get("runs", [])]
     return sorted(found, key=lambda row: row["seed"])
 
 
@@ -272,6 +272,15 @@ def test_the_trends_over_sizes_are_those_of_the_runs():
             slope = (x * y).sum() / (x**2).sum()
             error = (((y - y.mean() - slope * x) ** 2).sum() / 5 / (x**2).sum()) ** 0.5
             assert (one["slope"], one["half"]) == pytest.approx((slope, 2.571 * error))
+    for title, group, words in (("top-8 less top-2", "equal tokens", "top-8 over top-2 from {:.3f} to {:.3f} nats"),
+                                ("1.3b less 1b", "equal tokens", "over `1b` from {:.3f} to {:.3f}")):
+        first, *_, last = saved["differences"][f"{title}, {group}"]["means"]
+        says(SEARCH, words.format(-first, -last))
+    largest = saved["differences"]["top-8 less top-2, equal tokens"]["means"][-1]
+    says(README.read_text(), f"at four times the size {signed(largest)}")
+    last = [saved["differences"][f"{title}, equal FLOPs"]["means"][-1] for *_, title in script["PAIRS"][:2]]
+    says(SEARCH, "to {:.3f} and {:.3f}".format(*last))
+    assert all(one["means"][0] * mean > 0 for one in saved["differences"].values() for mean in one["means"])
     for line in (RESULTS / "search/sizes.md").read_text().splitlines():
         assert line in SEARCH.splitlines(), line
 
