@@ -509,6 +509,9 @@ def field_help() -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): [^#\n]*?# (.*)$", source, re.MULTILINE))
 
 
+VERBS = "draw", "trace", "judge"                     # words that may stand in the place of a config file
+
+
 def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     """(config file and options of sweeps, the fields that are given)."""
     parser = Parser(description="train a mixture-of-experts language model", allow_abbrev=False,
@@ -531,6 +534,7 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         parser.add_argument(f"--{f.name}", nargs="?", const="True", metavar=f.name.upper(), help=text)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
+        require(args.config.endswith(".py"), f"{args.config} is no config file{closest(args.config, VERBS)}")
         near = closest(unknown[0].lstrip("-").partition("=")[0], [*TYPES, *known])
         raise BadInput(f"unknown argument {unknown[0]}{near}")
     given = {name: value for name, value in vars(args).items() if name in TYPES and value is not None}

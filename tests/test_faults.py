@@ -422,6 +422,7 @@ def test_an_error_of_the_system_is_one_line_with_the_file_and_the_reason(command
     one_line(command(), "data")
     one_line(script(m, "a" * 300), "config.json")
     one_line(command("a" * 300, config="draw"), "too long")
+    one_line(command("out/tiny", config="drew"), "drew is no config file, did you mean draw?")
     for error, says in ((OSError(errno.ENOSPC, "No space left on device", "x"), "No space left on device: 'x'"),
                         (MemoryError(), "out of memory"),
                         (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate\nbytes"), "out of memory")):
