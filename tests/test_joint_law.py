@@ -156,6 +156,7 @@ def test_the_plan_on_the_page_is_that_of_the_measured_law(tmp_path, monkeypatch,
     """And its config is one that train.py takes."""
     command = re.search(r"^python scaling.py (plan --law[^`]*)```", PAGE, re.M)[1].replace("\\\n", " ")
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(scaling, "VOCABULARY", scaling.VOCABULARY)             # --vocab sets it
     words = command.replace("planned.py", str(tmp_path / "planned.py")).split()
     assert scaling.main([*words, "--json", str(tmp_path / "plan.json")]) in (0, None)
     plan, said = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
