@@ -509,9 +509,6 @@ def field_help() -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): [^#\n]*?# (.*)$", source, re.MULTILINE))
 
 
-VERBS = "draw", "trace", "judge"                     # words that may stand in the place of a config file
-
-
 def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     """(config file and options of sweeps, the fields that are given)."""
     parser = Parser(description="train a mixture-of-experts language model", allow_abbrev=False,
@@ -534,7 +531,8 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         parser.add_argument(f"--{f.name}", nargs="?", const="True", metavar=f.name.upper(), help=text)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        require(args.config.endswith(".py"), f"{args.config} is no config file{closest(args.config, VERBS)}")
+        verb = closest(args.config, ("draw", "trace", "judge"))
+        require(args.config.endswith(".py"), f"{args.config} is no config file{verb}")
         near = closest(unknown[0].lstrip("-").partition("=")[0], [*TYPES, *known])
         raise BadInput(f"unknown argument {unknown[0]}{near}")
     given = {name: value for name, value in vars(args).items() if name in TYPES and value is not None}
@@ -1650,7 +1648,7 @@ def pyplot():
 def draw_experts(loads: list[dict], out: Path) -> None:
     """Above, a panel a layer, a row an expert, time to the right; colour is an expert's share of tokens over an even
     share. Below, what the log sums up of it: the busiest expert, the routers' indecision, experts without a token."""
-    loads = [x for x in loads if np.shape(x["load"]) == np.shape(loads[-1]["load"])]
+    loads = [x for x in loads if np.shape(x["load"]) == np.shape(loads[-1]["load"])]      # (others: damaged lines)
     load = np.array([x["load"] for x in loads])                             # (time, L, E)
     load = load / load.sum(-1, keepdims=True).clip(1e-9) * load.shape[2]    # a router may leave slots unused
     columns = min(4, load.shape[1])

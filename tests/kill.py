@@ -195,7 +195,8 @@ def one_line(run: Fork | Process, folder: Path) -> bool:
     """Whether the run ended with exit code 2 and one line that says why; begins a new page for what is said next."""
     code, said = run.wait(), (folder / "said.txt").read_text().splitlines()
     (folder / "said.txt").unlink()
-    return code == 2 and sum(line.startswith("error: ") for line in said) == 1 and "Traceback (most" not in said
+    return code == 2 and sum(line.startswith("error: ") for line in said) == 1 and not any(
+        line.startswith("Traceback") for line in said)
 
 
 def others(draw: random.Random) -> dict:

@@ -195,6 +195,8 @@ def test_the_best_widths_and_their_shifts_are_those_of_the_runs():
     for active, *cells in table(SLICING, "active", "half", "4e-3 N^-0.51"):
         losses_at = saved["at_rates"][f"active {active}"]
         assert cells == [f"{loss:.3f}" for loss in losses_at.values()] and [*losses_at] == ["1", "2", "4", "8", "16"]
+    at = saved["at_rates"]["active 128"]                   # 4e-3 and four times that
+    says(SLICING, f"at four times it came out {at['2'] - at['8']:.1f} nats lower")
     tried = {row["group"]: [] for row in runs("slicing/width_rates")}
     for row in runs("slicing/width_rates"):
         tried[row["group"]].append((float(row["learning_rate"]), row["loss"]))
