@@ -346,6 +346,7 @@ from torch import nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -1320,7 +1321,10 @@ def ranks() -> Iterator[None]:
         return
     if torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
+    store = next(rendezvous("env://"))[0]
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":           # after a restart the old addresses are still in the store
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(store=store, rank=RANK, world_size=WORLD)
     with contextlib.redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
         try:
             yield

@@ -188,7 +188,7 @@ def ranks_of(parent: int) -> list[int]:
 
 
 def test_a_killed_rank_ends_the_run_and_torchrun_restarts_it(folder):
-    for restarts, code in ((0, 1), (3, 0)):
+    for restarts, code in ((0, 1), (1, 0)):                       # one restart is enough
         command = folder.torchrun(2, *folder.words("killed", *LONG), restarts=restarts)
         process = subprocess.Popen(command, cwd=folder.path, env=ENVIRONMENT, stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE)
