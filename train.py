@@ -1107,7 +1107,8 @@ class Run(Keeper):
         if self.state and read_result(self.out):
             print(f"{config.out_dir} is finished after {data.steps} steps; --overwrite starts anew")
             raise Ended(0)
-        keep_freed_memory()
+        if config.data_parallel == "ddp":               # (what FSDP gathers and frees is to go back to the system)
+            keep_freed_memory()
         gpu = torch.device(config.device).index                             # None: the one that is current already
         if gpu is not None:
             torch.cuda.set_device(gpu)                                      # Triton launches on the current device

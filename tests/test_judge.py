@@ -299,7 +299,7 @@ def test_the_slicing_runs_are_judged_by_the_same_interval():
 def test_real_runs_are_judged_and_the_same_command_judges_them_again(run_train):
     write_corpus(80)
     write(seeds=[1, 2])
-    code, out, err = run_train("judge", "sweep.py", "--router=random")
+    code, out, err = run_train("judge", "sweep.py", "--router=random", "--parallel=2")
     assert code == 0 and "12 runs, 0 of them have a result" in out and "router=random is " in out, err
     first = judged()
     assert all(one["seeds"] == [1, 2] for one in first["rungs"])

@@ -75,4 +75,4 @@ def test_the_page_s_measurements_are_those_of_its_json():
         if mode in peak:
             row += (f"{1 - speed / mean['silent']:.0%} | {peak[mode] / 2**30:.2f} | {peak[mode] / peak['ddp']:.2f} |")
         assert row in PAGE
-    assert peak["experts / 2"] <= 0.65 * peak["ddp"]
+    assert peak["experts / 2"] <= 0.65 * peak["ddp"] and peak["fsdp"] <= 0.75 * peak["ddp"]
