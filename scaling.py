@@ -655,7 +655,7 @@ def lack_of_fit(runs: Runs, error: Array, noise: float | None) -> str:
     times = rmse(error) / noise
     said = f"residuals are {times:.1f} times the noise of {noise:.2g} nats: "
     if times < 1.5:
-        return said + "the form fits"
+        return said + "the form is not rejected"
     lean = {"": 0.0}                                   # the share of the errors that a parabola along an axis explains
     for name, values in {"N": runs.N, "D": runs.D, "D / N": runs.D / runs.N, "E": runs.E}.items():
         x = np.log(values / values.mean())

@@ -113,6 +113,29 @@ def test_the_law_is_that_of_the_runs_and_the_page_says_how_well_it_fits():
     assert "1.4 times the noise of 0.027" in saved["lack_of_fit"] and "2.9 times" in everything["lack_of_fit"]
     says("residuals are 2.9 times the noise", "residuals are 1.4 times the noise of 0.027")
     assert len(rolled) == 5 and min(rolled) > 0, "all five budgets came out better than predicted"
+    error = np.array([row["loss"] - row["predicted"] for row in saved["runs"]])
+    x, y = (np.log([row[name] for row in saved["runs"]]) for name in ("n_active", "tokens"))
+    share = np.corrcoef((x - x.mean()) * (y - y.mean()), error)[0, 1] ** 2
+    pairs = [[float(row["loss"]) for row in read("pair.csv") if row["name"].startswith(name)]
+             for name in read("prediction.json")["models"]]
+    scatter = np.sqrt(np.mean([np.var(some, ddof=1) for some in pairs]))
+    says(f"scatter by {scatter:.3f} nats, against which it would be {saved['rmse_train'] / scatter:.1f} times",
+         f"a product of ln N and ln D takes {share:.0%} of its variance")
+
+
+def test_what_the_runs_themselves_say_of_experts_at_one_size_and_token_count():
+    found = {}
+    for row in read("late.csv"):
+        found.setdefault((int(row["d_model"]), int(row["tokens"]), int(row["n_expert"])), []).append(float(row["loss"]))
+    loss = {point: np.mean(some) for point, some in found.items()}
+    less_dense = [[loss[d, tokens, 16] - loss[d, tokens, 1] for d in (16, 32, 48, 64)]
+                  for tokens in (819_200, 1_638_400, 3_276_800)]
+    at, twice, four_times = (f"{np.mean(some):+.3f}" for some in less_dense)
+    says(f"is {at} nats at 819,200 bytes, {twice} at twice and {four_times} at four times that")
+    long = [(d, tokens) for d, tokens, E in loss if E == 16 and tokens >= 3_276_800]
+    gains = [loss[d, tokens, 1] - loss[d, tokens, 4] for d, tokens in long]
+    assert len(long) == 6 and sum(loss[d, tokens, 16] < loss[d, tokens, 4] for d, tokens in long) == 3
+    says(f"4 experts beat dense at all, by {min(gains):.3f} to {max(gains):.3f} nats, and 16 beat 4 at three")
 
 
 def test_the_best_numbers_of_experts_are_those_of_the_law():
@@ -124,6 +147,10 @@ def test_the_best_numbers_of_experts_are_those_of_the_law():
         assert losses == f"{some[0]['loss']:.2f}, {some[0]['dense']:.2f}"
         N, E = some[0]["n_active"], some[0]["best"]
         assert scaling.Law(*laws[0]).loss(N, float(flops) / (6 * N), E) == pytest.approx(some[0]["loss"])
+        sizes = np.geomspace(1e4, 1e6, 1000)
+        of_8 = scaling.Law(*laws[0]).loss(sizes, float(flops) / (6 * sizes), 8).min()
+        assert 0 < of_8 - some[0]["loss"] < 0.004
+    says("8 experts have 16's loss within 0.004", f"misses by {read('fit.json')['rmse_train']:.3f} nats")
 
 
 def test_the_prediction_is_the_laws_and_its_outcome_that_of_the_runs():
@@ -149,7 +176,16 @@ def test_the_prediction_is_the_laws_and_its_outcome_that_of_the_runs():
                          f"{measured['measured']:.3f}" + ", outside" * (not measured["inside"])]
     flops = {row["name"][:-3]: float(row["flops"]) for row in rows}
     assert 0.99 < flops["wins-e4"] / flops["wins-dense"] < 1.01
-    says(f"experts had {1 - flops['loses-e16'] / flops['loses-dense']:.0%} less")
+    less = flops["loses-e16"] / flops["loses-dense"]
+    law, model = scaling.Law(*scaling.chosen_law(FOLDER / "fit.json")[0][0]), saved["models"]["loses-e16"]
+    N, D = model["n_active"], model["tokens"]
+    worth = law.loss(N, D, 16) - law.loss(N, D / less, 16)
+    lead, half = -outcome["pairs"]["loses"]["gain"], outcome["pairs"]["loses"]["half"]
+    says(f"experts had {1 - less:.0%} less, which by the law is worth {worth:.3f} of the {lead:.3f} nats",
+         f"The rest, {lead - worth:.3f}, is inside the ± {half:.3f}")
+    assert lead - worth < half
+    totals = {row["name"][:-3]: int(row["n_total"]) for row in rows}
+    assert max(totals["wins-e4"] / totals["wins-dense"], totals["loses-e16"] / totals["loses-dense"]) < 1.07
 
 
 def test_the_plan_on_the_page_is_that_of_the_measured_law(tmp_path, monkeypatch, capsys):

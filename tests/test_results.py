@@ -134,9 +134,17 @@ def test_the_effects_of_the_factorial_are_those_of_its_runs():
     rows, saved = runs("slicing/factorial"), read("slicing/factorial.json")
     cells = losses([row for row in rows if "-" not in row["model"]])
     assert len(cells) == 16 and all(len(values) == 3 for values in cells.values())
-    effects, half, own_half = script["effects"](cells)
+    effects, half = script["effects"](cells)
     assert saved["effects"] == pytest.approx(effects) and saved["half_interval"] == pytest.approx(half)
-    assert saved["own_half"] == pytest.approx(own_half)
+    L = np.array([*cells.values()])                          # the two scatters as those of a split plot, by hand
+    L = L - L.mean(0)
+    shapes = np.array([cell.rstrip("DE") for cell in cells])
+    plots = np.array([L[shapes == one].mean(0) for one in np.unique(shapes)])
+    assert plots.shape == (8, 3)                             # eight shapes of two cells each
+    between = ((plots - plots.mean(1, keepdims=True)) ** 2).sum() / 14
+    within = ((L - L.mean(1, keepdims=True)) ** 2).sum() - 2 * 14 * between
+    assert half["A"] == pytest.approx(2.145 * (4 * between / 8 / 3) ** 0.5)
+    assert half["D"] == pytest.approx(2.120 * (4 * within / 16 / 16 / 3) ** 0.5)
     flops = {row["model"]: float(row["flops"]) for row in rows}
     assert saved["compute_saved"] == pytest.approx(script["compute_saved"](cells, flops, saved["ladder"]))
     assert [flops[name] for name in ("E-244", "E", "E-976")] == [cost for cost, _ in saved["ladder"]]
@@ -151,15 +159,20 @@ def test_the_effects_of_the_factorial_are_those_of_its_runs():
     for choice, effect, interval, saving, verdict in table(SLICING, "choice", "effect, nats"):
         name, _, meaning = choice.partition(": ")
         assert script["MEANING"][name].split()[0] in meaning
-        assert (effect, interval) == (signed(effects[name]), f"± {half:.3f}")
+        assert (effect, interval) == (signed(effects[name]), f"± {half[name]:.3f}")
         assert saving == f"{saved['compute_saved'][name]:.2f}x"
-        assert verdict == ("not resolved" if abs(effects[name]) <= half else "helps" if effects[name] < 0 else "hurts")
+        assert verdict == ("not resolved" if abs(effects[name]) <= half[name] else
+                           "helps" if effects[name] < 0 else "hurts")
     pairs = {name: effect for name, effect in effects.items() if len(name) == 2}
-    outside = {f"{name[0]} x {name[1]} {signed(effect)}" for name, effect in pairs.items() if abs(effect) > half}
-    says(SLICING, *outside)
-    assert len(outside) == 3 and max(map(abs, pairs.values())) < min(0.0125, abs(effects["A"]) / 4)
-    assert [name for name in pairs if abs(pairs[name]) > own_half[name]] == ["AB"]
-    says(SLICING, f"only A x B is outside, barely (± {own_half['AB']:.3f})")
+    assert [name for name in pairs if abs(pairs[name]) > half[name]] == ["AE"]
+    few, many = effects["E"] - effects["AE"], effects["E"] + effects["AE"]
+    error = 2 ** 0.5 * half["E"]
+    says(SLICING, f"A x E {signed(effects['AE'])} (± {half['AE']:.3f}): dropping costs {-few:.3f} ± {error:.3f} nats",
+         f"with 4 experts for each visited and {-many:.3f} ± {error:.3f} with 16",
+         f"A x B {signed(pairs['AB'])} and B x C {signed(pairs['BC'])} are as large as B itself (± {half['B']:.3f})")
+    helpful = [name for name in "ABCDE" if abs(effects[name]) > half[name]]
+    assert helpful == ["A", "D", "E"]
+    assert all(abs(pairs[pair]) < abs(effects[name]) for name in helpful for pair in pairs if name in pair)
 
 
 def test_the_best_widths_and_their_shifts_are_those_of_the_runs():
@@ -211,7 +224,18 @@ def test_the_best_widths_and_their_shifts_are_those_of_the_runs():
                           for seed in "123"]) for total in (512, 2048)]
     differ = by_total[1] - by_total[0]
     assert by_total[0].mean() < 0 < by_total[1].mean()
-    says(SLICING, f"{differ.mean():.3f} ± {4.303 * differ.std(ddof=1) / 3 ** 0.5:.3f} nats (95%, three paired seeds)")
+    scatter = 0.0                                    # of both totals' cells, without what a width or a seed adds
+    for total in (512, 2048):
+        group = f"active 128, total {total}"
+        L = np.array([[loss[group, width, seed] for seed in "123"] for width in (8, 16, 32, 64)])
+        scatter += ((L - L.mean(0) - L.mean(1, keepdims=True) + L.mean()) ** 2).sum()
+    half = 2.179 * (4 * scatter / 12 / 3) ** 0.5
+    says(SLICING, f"{differ.mean():.3f} nats, ± {half:.3f} by the scatter of all cells "
+         f"(± {4.303 * differ.std(ddof=1) / 3 ** 0.5:.3f} by its own three seeds)")
+    of = losses(runs("slicing/expert_count"))
+    buys = [fmean(of[f"d32-ratio{n}"]) - fmean(of[f"d32-ratio{2 * n}"]) for n in (1, 2, 4, 8, 16, 32, 64)]
+    says(SLICING, f"the first four buy {min(buys[:4]):.3f} to {max(buys[:4]):.3f} nats each, the last three "
+         f"{min(buys[4:]):.3f} to {max(buys[4:]):.3f}")
 
 
 # --- differences between models -------------------------------------------------------------------------------------
