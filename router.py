@@ -801,6 +801,7 @@ import difflib
 import os
 import re
 import sys
+import traceback
 
 
 class BadInput(Exception):
@@ -925,9 +926,14 @@ def try_policy(name: str) -> Routing:
     ids = (256 * torch.rand(512, generator=generator) ** 3).long()                # some tokens are frequent
     config = RouterConfig(name, top_k=1 if name == "switch" else 4)
     context = Context(ids, training=True)
-    routing = seeded_route(logits, config, context)
-    check(routing, *logits.shape)
-    assert not POLICIES[name].causal or check_causal(logits, config, context), f"{name} says it is causal and is not"
+    try:
+        routing = seeded_route(logits, config, context)
+        check(routing, *logits.shape)
+        assert not POLICIES[name].causal or check_causal(logits, config, context), "says it is causal and is not"
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise BadInput(f"policy {name}: {str(error) or where.line} ({type(error).__name__} in {where.name}, "
+                       f"{os.path.basename(where.filename)} line {where.lineno})") from None
     return routing
 
 

@@ -580,8 +580,8 @@ def fit_form(runs: Runs, form: str, pinned: dict, delta: float | None = None) ->
         count = len(NAMES) - len(fixed)
         for name, number, term in ("n_active", sizes, "a alpha c"), ("tokens", tokens, "b beta c"):
             require(number >= 3 - len(given.keys() & term.split()) or (name == "tokens" and fixed.get("b") == 0),
-                    f"{where}{number} value(s) of {name} cannot tell {term}: train at least 3, pin one of them, or use "
-                    "--form clark, which has no tokens in it")
+                    f"{where}{number} value(s) of {name} cannot tell the law's {', '.join(term.split())}: train at "
+                    "least 3, pin one of those, or use --form clark, which has no tokens in it")
         require(len(used.L) > count, f"{where}{len(used.L)} runs cannot fix the {count} parameters of form {form}: "
                 "add runs, hold out fewer, or use a form with fewer (--form clark)")
         held |= {name: value for name, value in unknown.items() if name not in given}

@@ -513,7 +513,8 @@ def field_help() -> dict[str, str]:
 def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     """(config file and options of sweeps, the fields that are given)."""
     parser = Parser(description="train a mixture-of-experts language model", allow_abbrev=False,
-                    usage="python train.py CONFIG.py [--name=value ...]")
+                    usage="python train.py CONFIG.py [--name=value ...]", epilog="other verbs: judge SWEEP.py --name="
+                    "value ... (is an idea worth its compute?), draw FOLDER ..., trace FOLDER (each has --help)")
     add = parser.add_argument
     add("config", help="a flat Python file: one name = value a line (see configs/)")
     add("--scale", type=literal, default=1, help="what the name `scale` stands for in the file")
@@ -1731,7 +1732,7 @@ def show_routing(folder: Path, text: str) -> None:
               "tokens_of_kind": [int(sum(kinds == name)) for name in names], "share": share.tolist()}
     write_text_file(folder / "routing.json", json.dumps(result))
     draw_routing(result, folder / "routing.png")
-    print(f"{len(ids)} tokens: {folder}/routing.png, and the numbers behind it in routing.json")
+    print(f"{len(ids)} tokens, {text[:20]!r} ...: {folder}/routing.png, and the numbers behind it in routing.json")
 
 
 def draw_routing(result: dict, path: Path, width: int = 64) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import runpy
 import sys
 
@@ -188,16 +189,17 @@ def test_a_causal_policy_gives_an_early_token_nothing_from_later_ones_by_value_a
         assert gradient[:32].abs().sum() > 0 and gradient[32:].abs().sum() == 0
 
 
-def test_a_new_policy_that_looks_ahead_is_caught(monkeypatch):
+@pytest.mark.parametrize("idea, said", [
+    (lambda l, config, context: router.softmax(l + l.sum(0), config, context), "says it is causal and is not"),
+    (lambda l, config, context: router.softmax(l, config, context)._replace(experts=torch.zeros(len(l), 4).long()),
+     "a token visits the same expert twice"),
+    (lambda l, config, context: (l, l), "'tuple' object has no attribute 'experts' (AttributeError in route")])
+def test_a_new_policy_that_breaks_a_promise_is_caught_in_one_line(idea, said, monkeypatch):
     monkeypatch.setattr(router, "POLICIES", dict(POLICIES))
-
-    @router.policy("peek")
-    def peek(logits, config, context):
-        return router.softmax(logits + logits.sum(0), config, context)
-
-    assert router.describe("peek").startswith("peek")            # without a docstring, too
-    with pytest.raises(AssertionError, match="says it is causal and is not"):
-        router.main(["--policy", "peek"])
+    router.policy("idea")(idea)
+    assert router.describe("idea").startswith("idea")            # without a docstring, too
+    with pytest.raises(BadInput, match=f"^policy idea: {re.escape(said)}"):
+        router.main(["--policy", "idea"])
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

@@ -805,11 +805,11 @@ def test_runs_that_cannot_fix_the_law_are_refused_with_the_way_out(tmp_path, cap
     few = save(tmp_path / "few.csv", runs.take(np.arange(270) % 27 == 0))
     assert "runs cannot fix the 11 parameters" in fails(capsys, "fit", few)
     two_D = save(tmp_path / "two_D.csv", runs.take((runs.D == 2e9) | (runs.D == 4e9)))
-    assert "of tokens cannot tell b beta c" in fails(capsys, "fit", two_D)
+    assert "of tokens cannot tell the law's b, beta, c" in fails(capsys, "fit", two_D)
     assert run("fit", two_D, "--form", "clark", "--bootstrap", 20) == 0
     capsys.readouterr()
     one_N = save(tmp_path / "one_N.csv", runs.take(runs.N[0] == runs.N))
-    assert "of n_active cannot tell a alpha c" in fails(capsys, "fit", one_N)
+    assert "of n_active cannot tell the law's a, alpha, c" in fails(capsys, "fit", one_N)
     one_16 = save(tmp_path / "e.csv", runs.take((runs.E != 16) | (runs.D > 9e9)))
     assert "E = 16: " in fails(capsys, "fit", one_16, "--form", "chinchilla")
 
