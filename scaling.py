@@ -439,7 +439,7 @@ def read_table(path: Path) -> list[dict]:
                 return [dict(json.load(file), source=str(path))]
             table = csv.DictReader(file, skipinitialspace=True)
             return [dict(row, source=f"{path} line {table.line_num}") for row in table]
-    except (ValueError, TypeError, csv.Error) as error:
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:
         kind = type(error).__name__
         raise BadInput(f"{path} cannot be read as a CSV or a result.json of train.py: {kind}") from None
 

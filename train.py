@@ -413,6 +413,7 @@ def validate_run(config: Config) -> None:
     require_each(config, "dataset tokenizer", lambda text: 0 < len(text) < 1000, "be a name of 1 to 1000 characters")
     require_each(config, "dataset tokenizer out_dir", lambda text: text.encode(errors="ignore").decode() == text,
                  "be text in this locale: set PYTHONUTF8=1 in the environment")
+    require_each(config, "out_dir", lambda text: "\0" not in text, "hold no null character")
     require_each(config, "beta1 beta2", lambda x: 0 <= x < 1, "be in [0, 1)")
     for name, allowed in (("schedule", ("cosine", "constant")), ("dtype", ("float32", "bfloat16")),
                           ("data_parallel", ("ddp", "fsdp"))):
@@ -421,6 +422,7 @@ def validate_run(config: Config) -> None:
             f"min_learning_rate = {config.min_learning_rate} must not exceed learning_rate = {config.learning_rate}")
     unit, starts = WORLD * config.micro_batch * config.seq_len, [start for start, _ in ramp(config)]
     for _, batch in ramp(config):
+        require(batch < 2**40, "batch_tokens must be below 2**40")
         require(batch > 0 and batch % unit == 0, f"batch_tokens = {batch} must be a multiple of micro_batch * seq_len"
                 f"{f' * {WORLD} ranks' * (WORLD > 1)} = {unit}, say {max(1, -(-batch // unit)) * unit}")
     require(starts[0] == 0 and starts == sorted(set(starts)),
@@ -431,7 +433,7 @@ def ramp(config: Config) -> list[tuple[int, int]]:
     """batch_tokens as [(from token, batch_tokens), ...], however it was written."""
     if isinstance(config.batch_tokens, list):
         pairs = [pair for pair in config.batch_tokens if isinstance(pair, (list, tuple)) and len(pair) == 2]
-        numbers = [n for pair in pairs for n in pair if isinstance(n, (int, float)) and float(n).is_integer()]
+        numbers = [n for pair in pairs for n in pair if type(n) is int or (type(n) is float and n.is_integer())]
         require(len(numbers) == 2 * len(config.batch_tokens) > 0,
                 f"batch_tokens = {config.batch_tokens}: a ramp is a list of (from token, tokens a step) pairs")
         return [(int(start), int(batch)) for start, batch in pairs]
@@ -481,7 +483,7 @@ def make_config(values: dict, out_dir: str, chosen: dict) -> Config:
     config.out_dir = config.out_dir or out_dir
     if UNDER_TORCHRUN and config.batch_tokens is None:                      # kept: on another number of ranks the same
         config.batch_tokens = ramp(config)[0][1]
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):                # of --max-restarts: it goes on, not anew
+    if restarts():                                                          # it goes on, not anew
         config.overwrite = False
     kind, _, number = config.device.partition(":")
     require(kind in ("cpu", "cuda", "mps") and (number.isdigit() or ":" not in config.device),
@@ -491,6 +493,11 @@ def make_config(values: dict, out_dir: str, chosen: dict) -> Config:
             f"device = {config.device!r}: this machine has {torch.cuda.device_count()} CUDA GPUs; use device = 'cpu'")
     validate_run(config)
     return config
+
+
+def restarts() -> int:
+    """How often torchrun --max-restarts has started these processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 PEAK_RATES = ("joint_law", "joint_law_code")     # what learning_rate may say in the place of a number: see peak_rates
@@ -834,24 +841,6 @@ def save_checkpoint(path: Path, state: dict) -> None:
     partial.replace(path)
 
 
-def go_back(config: Config) -> None:
-    """--previous: put the checkpoint before the last in its place; the run is then no longer finished."""
-    out = Path(config.out_dir)
-    previous = out / "ckpt.prev.pt"
-    require(previous.is_file(), f"{previous} is not there: {ANEW}")
-    changed = differences(read_json(out / "config.json"), as_json(config))
-    require(not changed, f"{out} holds a run with another config ({'; '.join(changed)})")
-    lock(out)
-    try:
-        whole = fits(load_checkpoint(previous, config), config)
-    except BadInput:
-        whole = False
-    require(whole, f"{previous} is damaged or does not fit: {out}/ckpt.pt stays as it is")
-    for name in ("result.json", "outcome.json"):
-        (out / name).unlink(missing_ok=True)
-    previous.replace(out / "ckpt.pt")
-
-
 def fits(state: dict, config: Config) -> bool:
     """Whether a checkpoint whose weights fit is whole: its counts, and AdamW's two means of each weight with a gradient
     (gates of routers that do not look at logits have none)."""
@@ -884,22 +873,29 @@ MAY_CHANGE = {"overwrite", "out_dir", "log_interval", "checkpoint_interval",    
               "data_parallel", "expert_parallel"}                                # these but for rounding
 
 
-def open_run(config: Config, data: int) -> dict | None:
-    """Make out_dir, or return the checkpoint of the run in it; refuse to continue with another config or other data."""
-    out, now = Path(config.out_dir), as_json(config) | {"data": data}
+def open_run(config: Config, data: int, back: bool = False) -> dict | None:
+    """Make out_dir, or return the checkpoint of the run in it; refuse to continue with another config or other data.
+    back: the checkpoint before the last takes its place, once it is known to be whole."""
+    out, now, back = Path(config.out_dir), as_json(config) | {"data": data}, back and not RANK
+    path = out / ("ckpt.prev.pt" if back else "ckpt.pt")
+    require(path.is_file() or not back, f"{path} is not there: {ANEW}")
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     for name in RUN_FILES if config.overwrite and not RANK else ():
         (out / name).unlink(missing_ok=True)
-    there = (out / "ckpt.pt").is_file()
-    then = read_json(out / "config.json") if there or (out / "config.json").is_file() else now
+    there, known = path.is_file(), (out / "config.json").is_file()
+    then = read_json(out / "config.json") if there or known else now
     require(bool(then), f"{out}/config.json is missing, or no JSON object: {ANEW}")
     changed = differences(then, now)
     require(not changed, f"{out} holds a run with another config ({'; '.join(changed)}): {ANEW}")
-    state = load_checkpoint(out / "ckpt.pt", config) if there else None
+    state = load_checkpoint(path, config) if there else None
     require(state is None or fits(state, config),
-            f"{out}/ckpt.pt lacks a part of a checkpoint, or has one that does not fit{spare(out / 'ckpt.pt')}")
-    if state and read_result(out):
+            f"{path} lacks a part of a checkpoint, or has one that does not fit{spare(path)}")
+    for name in ("result.json", "outcome.json") if back or not known else ():
+        (out / name).unlink(missing_ok=True)                                # of a run that is finished no longer
+    if back:
+        path.replace(out / "ckpt.pt")
+    if read_result(out):
         return state
     write_text_file(out / "config.json", json.dumps(now, indent=1))
     log = out / "log.jsonl"
@@ -1078,8 +1074,9 @@ class Screen:
             drop_output(self.stream)
 
 
-def run(config: Config) -> int:
-    """Train, and keep the run as Run does; returns the exit code: 0 done or interrupted and saved, or DIVERGED."""
+def run(config: Config, back: bool = False) -> int:
+    """Train, and keep the run as Run does; returns the exit code: 0 done or interrupted and saved, or DIVERGED.
+    back: from the checkpoint before the last."""
     table, n = PLAIN if config.plain else COMPILED if config.compile else FAST, config.expert_parallel
     require(UNDER_TORCHRUN or (config.data_parallel == "ddp" and n == 1), "data_parallel = 'fsdp' and expert_parallel "
             "are for several processes: torchrun --standalone --nproc_per_node=2 train.py CONFIG ...")
@@ -1089,7 +1086,8 @@ def run(config: Config) -> int:
         table = table._replace(experts=experts_of_ranks(inner.experts, mesh(n)["experts"].get_group()))
     try:
         with contextlib.redirect_stdout(Screen()), using(table):
-            train(config, *((keep_on_ranks, in_turn(RankCorpus)) if UNDER_TORCHRUN else (Run, Corpus)))
+            keeper, data = (keep_on_ranks, in_turn(RankCorpus)) if UNDER_TORCHRUN else (Run, Corpus)
+            train(config, partial(keeper, back=back), data)
     except Ended as end:
         return end.code
     return 0
@@ -1099,13 +1097,13 @@ class Run(Keeper):
     """log.jsonl, printed lines, checkpoints, signals and results. Numbers stay on the device until a flush: logging
     never holds up a step."""
 
-    def __init__(self, config: Config, data: Corpus):
+    def __init__(self, config: Config, data: Corpus, back: bool = False):
         self.config, self.data, self.out = config, data, Path(config.out_dir)
         need, free = check_memory(config)
         self.given = initial_weights(config)
-        self.state = open_run(config, fingerprint(data.train))              # nothing was written to out_dir before this
+        self.state = open_run(config, fingerprint(data.train), back)        # nothing was written to out_dir before this
         describe(config, data, need, free)
-        if self.state and read_result(self.out):
+        if read_result(self.out):
             print(f"{config.out_dir} is finished after {data.steps} steps; --overwrite starts anew")
             raise Ended(0)
         if config.data_parallel == "ddp":               # (what FSDP gathers and frees is to go back to the system)
@@ -1325,7 +1323,7 @@ def ranks() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store = next(rendezvous("env://"))[0]
     if os.environ.get("GROUP_WORLD_SIZE") == "1":           # after a restart the old addresses are still in the store
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        store = dist.PrefixStore(f"{restarts()}", store)
     dist.init_process_group(store=store, rank=RANK, world_size=WORLD)
     with contextlib.redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
         try:
@@ -1560,14 +1558,14 @@ class RankRun(Run):
         print(f"python model.py {self.out} writes a sample")
 
 
-def keep_on_ranks(config: Config, data: RankCorpus) -> RankRun:
+def keep_on_ranks(config: Config, data: RankCorpus, back: bool = False) -> RankRun:
     """A RankRun, if all ranks are about to do the same."""
     here = as_json(config) | {"data": fingerprint(data.train), "torch": torch.__version__}
     first, *others = gathered(here)
     for rank, other in enumerate(others, 1):
         differ = [f"{name} {first[name]!r} -> {other[name]!r}" for name in first if first[name] != other[name]]
         require(not differ, f"rank {rank} is about to train something else than rank 0: {'; '.join(differ)}")
-    return in_turn(RankRun)(config, data)
+    return in_turn(RankRun)(config, data, back)
 
 
 def split_experts(model: Model, n: int) -> list[nn.Parameter]:
@@ -1621,19 +1619,25 @@ def draw_loss(runs: list[Path], path: Path) -> None:
     tops = []
     for i, out in enumerate(runs):
         steps, evals = ([x for x in read_log(out) if x.get(name) is not None] for name in ("ce", "val_ce"))
-        ce, width = np.array([x["ce"] for x in steps]), max(1, len(steps) // 50)
-        tops.append(np.quantile(ce, 0.93))
-        axes[0].plot([x["tokens"] / 1e6 for x in steps][width - 1:], np.convolve(ce, np.ones(width) / width, "valid"),
-                     color=f"C{i}", alpha=0.5, linewidth=0.9)
-        last = f"{out.name}: {evals[-1]['val_ce']:.3f}"
+        if steps:                                                           # (none: a log was lost, not its run)
+            ce, width = np.array([x["ce"] for x in steps]), max(1, len(steps) // 50)
+            tops.append(1.05 * np.quantile(ce, 0.93))
+            axes[0].plot([x["tokens"] / 1e6 for x in steps[width - 1:]],
+                         np.convolve(ce, np.ones(width) / width, "valid"), color=f"C{i}", alpha=0.5, linewidth=0.9)
+        last = f"{as_text(out.name)}: {evals[-1]['val_ce']:.3f}"
         for axis, key, unit in zip(axes, ("tokens", "seconds"), (1e6, 1)):
             axis.plot([x[key] / unit for x in evals], [x["val_ce"] for x in evals], "o-", color=f"C{i}", ms=3.5,
                       label=last)
     axes[0].set_xlabel("training tokens, millions")
     axes[1].set_xlabel("training seconds")
-    axes[0].set(ylabel="cross-entropy, nats per token", ylim=(None, 1.05 * max(tops)))
+    axes[0].set(ylabel="cross-entropy, nats per token", ylim=(None, max(tops, default=None)))
     axes[0].legend(frameon=False, title="validation (dots) at the end; thin: training")
     save_figure(figure, path)
+
+
+def as_text(name: str) -> str:
+    """A name for matplotlib, which would read what stands between dollars as mathematics."""
+    return name.replace("$", r"\$")
 
 
 def save_figure(figure, path: Path) -> None:
@@ -1668,7 +1672,7 @@ def draw_experts(loads: list[dict], out: Path) -> None:
         image = axis.imshow(load[:, layer].T, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest",
                             origin="lower", extent=(0, loads[-1]["tokens"] / 1e6, -0.5, load.shape[2] - 0.5))
         axis.set_title(f"layer {layer}", fontsize=9)
-    top.suptitle(f"{out.name}: who does the work", fontsize=10)
+    top.suptitle(f"{as_text(out.name)}: who does the work", fontsize=10)
     top.supylabel("expert", fontsize=9)
     top.colorbar(image, ax=axes, label="share of tokens / even share", shrink=0.8, extend="max")
     names = ("load_max_over_mean", "entropy", "dead_experts")
@@ -1750,7 +1754,7 @@ def draw_routing(result: dict, path: Path, width: int = 64) -> None:
         here = slice(line * width, (line + 1) * width)
         image = axis.imshow(experts[:, here], cmap=colours, vmin=-0.5, vmax=n_expert - 0.5, aspect="auto")
         for column, token in enumerate(result["tokens"][here]):
-            shown = token.replace("\n", "\u21b5").replace("\t", "\u2192").replace(" ", "\u00b7").replace("$", r"\$")
+            shown = as_text(token.replace("\n", "\u21b5").replace("\t", "\u2192").replace(" ", "\u00b7"))
             axis.text(column, -0.7, shown, ha="center", fontsize=8, family="monospace",
                       rotation=0 if len(token) < 3 else 60)
         axis.set_yticks(range(layers), result["layers"])
@@ -1790,6 +1794,7 @@ class Trial:
     baseline: str | None = None    # the group whose runs are the ladder that equal loss is read off
     broken: str = ""           # what the system said when its folder could not be used
     shorter: "Trial | None" = None     # of a branch: the next shorter one, whose trunk it takes over
+    back: bool = False         # --previous: it goes on from the checkpoint before the last
 
 
 def load_runs(path: str, overrides: dict | None = None) -> list[Config]:
@@ -1806,7 +1811,8 @@ def read_runs(path: str, overrides: dict | None = None, seeds: list | None = Non
     entries, in_file, along = shared.pop("runs"), shared.pop("seeds", []), shared.pop("along", None)
     baseline = shared.pop("baseline", None)
     seeds = seeds or in_file
-    require(isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries),
+    require(isinstance(entries, list) and entries
+            and all(isinstance(entry, dict) and all(isinstance(name, str) for name in entry) for entry in entries),
             f"{path}: runs must be a list of dict(name=..., field=...)")
     for some in (in_file, seeds):
         require(isinstance(some, list) and all(type(seed) is int for seed in some) and len({*some}) == len(some),
@@ -1832,7 +1838,7 @@ def read_runs(path: str, overrides: dict | None = None, seeds: list | None = Non
 
 def require_ladder(path: str, runs: list[Trial], baseline: str) -> None:
     """The baseline is a group of the sweep, and its runs have three budgets or more."""
-    groups = {run.group for run in runs}
+    groups = sorted({run.group for run in runs})
     require(baseline in groups, f"{path}: baseline = {baseline!r} is no group of its runs"
             f"{closest(str(baseline), groups)}")
     budgets = {budget(run.config)["flops"] for run in runs if run.group == baseline}
@@ -2017,7 +2023,7 @@ def sweep(args: argparse.Namespace, runs: list[Trial], sum_up: Callable[[Path, l
 
 def run_all(chosen: list[Trial], parallel: int) -> None:
     """Keep `parallel` processes busy until all have ended. Ctrl-C and SIGTERM are passed on, once: the runs save."""
-    waiting = [run for run in chosen if run.config.overwrite or outcome(run)[0] not in RESULTS]
+    waiting = [run for run in chosen if run.config.overwrite or run.back or outcome(run)[0] not in RESULTS]
     print(f"{len(chosen)} run{'s'[:len(chosen) - 1]}, {len(chosen) - len(waiting)} of them have a result; "
           f"{parallel} at once", flush=True)
     work = {run.name: paid_flops(run) for run in waiting}                    # the time left goes by it
@@ -2102,7 +2108,8 @@ def start(run: Trial, slot: int, parallel: int) -> Started:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    command = [sys.executable, "-u", "-c", WATCHED, __file__, "--run", json.dumps(asdict(run.config))]
+    command = [sys.executable, "-u", "-c", WATCHED, __file__, "--run", json.dumps(asdict(run.config)),
+               *["--previous"] * run.back]
     with open(out / "train.log", "wb" if run.config.overwrite else "ab") as log:
         before = log.tell(), oom_kills(), time.monotonic()
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
@@ -2128,10 +2135,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """                                   # what a run's process runs: it watches while its packages load, too
 
 
-def train_alone(config: Config) -> int:
+def train_alone(config: Config, back: bool = False) -> int:
     """What start() starts. The exit code tells how it ended; running out of memory is one of the ways."""
     try:
-        return run(config)
+        return run(config, back)
     except (DoesNotFit, MemoryError, RuntimeError) as error:
         if not isinstance(error, DoesNotFit) and not out_of_memory(error):
             raise
@@ -2301,7 +2308,7 @@ def draw_summary(folder: Path, groups: dict, field: str | None) -> None:
     n = sum(map(len, groups.values()))
     figure, axis = pyplot().subplots(figsize=(7, 4.5) if field else (8, 1.2 + 0.3 * n), layout="constrained")
     (draw_curves if field else draw_rows)(axis, groups, field)
-    axis.set_title(folder.name, fontsize=10)
+    axis.set_title(as_text(folder.name), fontsize=10)
     if len(groups) > 1:
         figure.legend(frameon=False, loc="outside upper center", ncols=len(groups), fontsize=8)
     save_figure(figure, folder / "summary.png")
@@ -2319,7 +2326,7 @@ def draw_curves(axis, groups: dict, field: str) -> None:
     for i, (group, models) in enumerate(groups.items()):
         curve = sorted((runs[0][field], losses(runs)) for runs in models.values() if losses(runs))
         axis.plot([x for x, ys in curve for _ in ys], [y for _, ys in curve for y in ys], "o", color=f"C{i}", alpha=0.5)
-        axis.plot([x for x, _ in curve], [statistics.fmean(ys) for _, ys in curve], color=f"C{i}", label=group)
+        axis.plot([x for x, _ in curve], [statistics.fmean(ys) for _, ys in curve], color=f"C{i}", label=as_text(group))
     for x in values:
         axis.text(x, 1, without_loss([row for row in rows if row[field] == x]), color="0.4", fontsize=8, rotation=90,
                   transform=axis.get_xaxis_transform(), va="top", ha="center")
@@ -2342,7 +2349,7 @@ def draw_rows(axis, groups: dict, field: str | None) -> None:
             axis.text(0.99, y, without_loss(models[model]), color="0.4", fontsize=8, ha="right", va="center",
                       transform=axis.get_yaxis_transform())
             names.append(model)
-        axis.plot([], [], "o", color=f"C{i}", label=group)
+        axis.plot([], [], "o", color=f"C{i}", label=as_text(group))
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.grid(axis="y", alpha=0.25)
@@ -2538,7 +2545,7 @@ def draw_judged(judged: dict, path: Path) -> None:
         left.plot([one[cost] for one in rungs for _ in one["seeds"]], [y for one in rungs for y in one[losses]], "o",
                   color=f"C{i}", alpha=0.4, ms=4)
         left.plot([one[cost] for one in rungs], [statistics.fmean(one[losses]) for one in rungs], color=f"C{i}",
-                  label=name)
+                  label=as_text(name))
     left.set(xscale="log", xlabel="training FLOPs", ylabel="validation cross-entropy, nats per token")
     left.legend(frameon=False, fontsize=8)
     for x, one in enumerate(rungs):
@@ -2547,7 +2554,7 @@ def draw_judged(judged: dict, path: Path) -> None:
         right.errorbar(x, *one["difference"], color="C1", fmt="s", capsize=4)
     right.axhline(0, color="0.5", lw=0.8)
     right.set_xticks(range(len(rungs)), [f"{one['steps']:,}" for one in rungs])
-    right.set(xlabel="steps", ylabel=f"idea less {judged['baseline']}: nats per token, 95%")
+    right.set(xlabel="steps", ylabel=f"idea less {as_text(judged['baseline'])}: nats per token, 95%")
     figure.suptitle(judged["idea"], fontsize=10)
     save_figure(figure, path)
 
@@ -2639,7 +2646,7 @@ def command(argv: list[str]) -> int | None:
     if argv[:1] in (["draw"], ["trace"]):
         return {"draw": draw, "trace": trace}[argv[0]](argv[1:])
     if argv[:1] == ["--run"]:
-        sys.exit(train_alone(Config(**json.loads(argv[1]))))
+        sys.exit(train_alone(Config(**json.loads(argv[1])), argv[2:] == ["--previous"]))
     judging = argv[:1] == ["judge"]
     args, given = parse_command_line(argv[judging:])
     runs = in_turn(read_judged if judging else read_runs)(args.config, given, args.seeds, args.scale)
@@ -2650,16 +2657,20 @@ def command(argv: list[str]) -> int | None:
     require(args.world is None, "--world prints sizes: give it --dry_run")
     if args.dry_run:
         return dry_run(select(runs, args.only), args.json)
-    if args.previous:
+    if args.previous and not restarts():
+        require(not (args.report or any(one.config.overwrite for one in runs)),
+                "--previous goes on from a checkpoint: neither --report nor --overwrite goes with it")
         require(not runs[0].name or args.only, "--previous is for one run: name it with --only")
         for one in select(runs, args.only):
-            in_turn(lambda config: RANK or go_back(config))(one.config)
+            path = Path(one.config.out_dir) / "ckpt.prev.pt"
+            require(path.is_file(), f"{path} is not there: {ANEW}")
+            one.back = True
     if runs[0].name:
         require(not UNDER_TORCHRUN, f"{args.config} is a sweep, whose runs are processes of their own: "
                 f"python train.py {args.config} --parallel")
         return sweep(args, runs, give_verdict if judging else summarise)
     require(not (args.report or args.only or args.parallel is not None), f"{args.config} is one run, not a sweep")
-    return run(runs[0].config)
+    return run(runs[0].config, runs[0].back)
 
 
 def draw(argv: list[str]) -> None:

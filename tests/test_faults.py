@@ -79,18 +79,18 @@ def script(monkeypatch, capsys):
     return run
 
 
-def one_line(done: tuple[int, str, str], says: str = "", code: int = 2) -> None:
+def one_line(done: tuple[int, str, str], says: str = "", code: int = 2) -> str:
     assert done[0] == code and done[2].startswith("error: ") and done[2].count("\n") == 1, done
     assert says in done[2], done[2]
+    return done[2]
 
 
-@pytest.fixture
-def halfway(command):
-    """A run stopped after step 9 of 12, with the checkpoint before it beside."""
+def stop_after(last: int, command) -> None:
+    """Start the run, and stop it by Ctrl-C after this step."""
     step = t.Run.step
 
     def stop(self, now, *rest):
-        if now == 9:
+        if now == last:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, now, *rest)
 
@@ -99,6 +99,12 @@ def halfway(command):
         assert command()[0] == 0
     finally:
         t.Run.step = step
+
+
+@pytest.fixture
+def halfway(command):
+    """A run stopped after step 9 of 12, with the checkpoint before it beside."""
+    stop_after(9, command)
 
 
 def weights(out: str | Path = OUT) -> dict:
@@ -140,15 +146,53 @@ def test_a_damaged_checkpoint_offers_the_one_before_it_which_continues_to_the_sa
     previous = CKPT.with_suffix(".prev.pt")
     damaged, whole = CKPT.read_bytes(), previous.read_bytes()
     previous.write_bytes(whole[:-100])
-    one_line(command("--previous"), "ckpt.prev.pt is damaged or does not fit: out/tiny/ckpt.pt stays as it is")
+    said = one_line(command("--previous"), "out/tiny/ckpt.prev.pt is damaged")
+    assert "out/tiny/ckpt.pt stays as it is" in said
     assert CKPT.read_bytes() == damaged
     previous.write_bytes(whole)
     (OUT / "outcome.json").write_text('{"status": "diverged"}')
     code, out, err = command("--previous")
     assert code == 0 and "continuing at step 9 of 12" in out and not (OUT / "outcome.json").exists(), err
     assert same(weights(), weights("out/straight"))
+    before = CKPT.read_bytes(), (OUT / "result.json").read_bytes()
+    for flags, said in ((("--report",), "neither --report nor --overwrite"), (("--overwrite",), "neither --report nor"),
+                        (("--parallel=1",), "is one run"), (("--data_parallel=fsdp",), "are for several processes")):
+        one_line(command("--previous", *flags), said)
+        assert (CKPT.read_bytes(), (OUT / "result.json").read_bytes()) == before
     CKPT.with_suffix(".prev.pt").unlink()
     one_line(command("--previous"), "is not there")
+
+
+def test_a_restart_by_torchrun_does_not_go_back_once_more(halfway, command, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    code, out, err = command("--previous")
+    assert code == 0 and "continuing at step 10 of 12" in out, err
+
+
+def test_a_result_without_its_checkpoint_is_finished_and_one_without_its_config_is_not(halfway, command):
+    assert command()[0] == 0
+    before = (OUT / "log.jsonl").read_bytes()
+    CKPT.unlink()
+    assert "is finished after 12 steps" in command()[1] and (OUT / "log.jsonl").read_bytes() == before
+    for name in ("config.json", "ckpt.prev.pt"):
+        (OUT / name).unlink()
+    stop_after(4, command)
+    assert not (OUT / "result.json").exists() and "continuing at step 5 of 12" in command()[1]
+
+
+@pytest.mark.parametrize("lost", [lambda log: log.unlink(), lambda log: log.write_text("")])
+def test_a_log_that_is_lost_before_the_result_is_written_does_not_keep_it_back(lost, halfway, command):
+    assert command()[0] == 0
+    (OUT / "result.json").unlink()
+    lost(OUT / "log.jsonl")
+    code, _, err = command()
+    assert code == 0 and (OUT / "result.json").exists(), err
+
+
+def test_names_are_drawn_as_they_are(halfway, command):
+    """matplotlib takes what stands between two dollars for mathematics, and stops at what it does not know."""
+    code, _, err = command("--out_dir=out/$\\foo$")
+    assert code == 0 and (Path("out/$\\foo$") / "result.json").exists(), err
 
 
 def cut(state, key):

@@ -195,6 +195,7 @@ def test_the_idea_is_every_run_of_the_ladder_in_folders_of_its_own_and_overwrite
 @pytest.mark.parametrize("says, arguments, file", [
     ("baseline = 'bass' is no group of its runs, did you mean base?", "sweep.py", dict(baseline="bass")),
     ("baseline = 3 is no group", "sweep.py", dict(baseline=3)),
+    ("baseline = ['base'] is no group", "sweep.py", dict(baseline=["base"])),
     ("the baseline 'base' needs a ladder, runs of three budgets (FLOPs) or more, and has 1", "sweep.py",
      dict(runs="[dict(name='a', group='base'), dict(name='b', group='base', router='hash')]")),
     ("sets no baseline", "judge sweep.py --router=hash", dict(baseline=None)),

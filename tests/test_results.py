@@ -238,6 +238,19 @@ def test_the_best_widths_and_their_shifts_are_those_of_the_runs():
          f"{min(buys[4:]):.3f} to {max(buys[4:]):.3f}")
 
 
+def test_the_tokens_that_the_later_runs_took_are_told():
+    def millions(name: str) -> str:
+        return f"{sum(float(row['tokens']) for row in runs(name)) / 1e6:.1f}M"
+
+    says(SLICING, f"({millions('slicing/factorial')} tokens in all)",
+         f"({millions('slicing/widths')}, and {millions('slicing/width_rates')} for the rates;")
+    says(SEARCH, f"two seeds ({millions('search/sizes')} tokens)")
+    joint = {name: csv.DictReader((RESULTS / f"joint_law/{name}.csv").read_text().splitlines())
+             for name in ("rates", "pair")}
+    rates, pair = (sum(float(row["tokens"]) for row in rows) / 1e6 for rows in joint.values())
+    says((RESULTS / "joint_law/README.md").read_text(), f"with {rates:.1f}M more for the rates and {pair:.1f}M for the")
+
+
 # --- differences between models -------------------------------------------------------------------------------------
 
 NUMBER = r"[+−]\d\.\d{3}"
@@ -299,7 +312,7 @@ def test_the_losses_beside_the_articles_are_the_means_of_the_runs():
 
 def test_the_trends_over_sizes_are_those_of_the_runs():
     script, saved = runpy.run_path(str(RESULTS / "search/sizes.py")), read("search/sizes.json")
-    rows = script["read"]([RESULTS / f"search/{name}/summary.csv" for name in ("architecture", "sizes")])
+    rows = script["read"]([RESULTS / f"search/sizes/{name}.csv" for name in ("first", "summary")])
     found = script["losses"](rows)
     assert saved["rank_correlations"] == {group: [script["rank_correlation"](found, rows, group, size) for size in
                                                   script["SIZES"]] for group in script["GROUPS"]}
@@ -315,15 +328,14 @@ def test_the_trends_over_sizes_are_those_of_the_runs():
             slope = (x * y).sum() / (x**2).sum()
             error = (((y - y.mean() - slope * x) ** 2).sum() / 5 / (x**2).sum()) ** 0.5
             assert (one["slope"], one["half"]) == pytest.approx((slope, 2.571 * error))
-    for title, group, words in (("top-8 less top-2", "equal tokens", "top-8 over top-2 from {:.3f} to {:.3f} nats"),
-                                ("1.3b less 1b", "equal tokens", "over `1b` from {:.3f} to {:.3f}")):
-        first, *_, last = saved["differences"][f"{title}, {group}"]["means"]
-        says(SEARCH, words.format(-first, -last))
-    largest = saved["differences"]["top-8 less top-2, equal tokens"]["means"][-1]
-    says(README.read_text(), f"at four times the size {signed(largest)}")
-    last = [saved["differences"][f"{title}, equal FLOPs"]["means"][-1] for *_, title in script["PAIRS"][:2]]
-    says(SEARCH, "to {:.3f} and {:.3f}".format(*last))
-    assert all(one["means"][0] * mean > 0 for one in saved["differences"].values() for mean in one["means"])
+    means = {name: one["means"] for name, one in saved["differences"].items()}
+    says(SEARCH, f"over top-2 at equal tokens, {-means['top-8 less top-2, equal tokens'][-1]:.3f} nats",
+         "`1b` does fade, from {:.3f} to {:.3f}".format(*(-mean for mean in means["1.3b less 1b, equal tokens"][::2])),
+         f"further, to {means['1.3b less 1b, equal FLOPs'][-1]:.3f}")
+    last = found["1.3b", "equal tokens", 4], found["1.3b-top2", "equal tokens", 4]
+    error = np.std([last[0][seed] - last[1][seed] for seed in last[0]], ddof=1) / 2**0.5
+    assert abs(means["top-8 less top-2, equal tokens"][-1]) < 1.1 * error
+    assert all(some[0] * mean > 0 for some in means.values() for mean in some)
     for line in (RESULTS / "search/sizes.md").read_text().splitlines():
         assert line in SEARCH.splitlines(), line
 

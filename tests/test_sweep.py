@@ -137,7 +137,7 @@ def test_an_interrupted_sweep_saves_its_run_and_the_same_command_continues_it(co
 ])
 def test_every_way_to_run_out_of_memory_is_one_exit_code_and_no_other_error_is(monkeypatch, capsys, error, code):
     """An empty tensor of 2**52 numbers: the CPU allocator's own words."""
-    monkeypatch.setattr(t, "run", lambda config: Mock(side_effect=error)() if isinstance(error, Exception) else error())
+    monkeypatch.setattr(t, "run", Mock(side_effect=error if isinstance(error, Exception) else lambda *_: error()))
     monkeypatch.setattr(sys, "argv", ["train.py", "--run", json.dumps(asdict(t.Config(device="cpu")))])
     with pytest.raises(RuntimeError if code is None else SystemExit) as leave:
         m.run_script(t.main)
@@ -211,6 +211,7 @@ ONE = "[dict(name='a')]"
     ("two runs named a", "[dict(name='a'), dict(name='a', top_k=1)]", ""),
     ("not '../a'", "[dict(name='../a')]", ""), ("not ''", "[dict(name='')]", ""),
     ("not None", "[dict(n_layer=2)]", ""), ("not 7", "[dict(name=7)]", ""),
+    ("runs must be a list of dict", "[{1: 2, 'name': 'a'}]", ""),
     ("runs must be a list of dict", "[]", ""), ("runs must be a list of dict", "dict(name='a')", ""),
     ("group = 3 must be a text", "[dict(name='a', group=3)]", ""),
     ("run a: out_dir is the whole sweep's", "[dict(name='a', out_dir='b')]", ""),

@@ -1,7 +1,11 @@
 """Which way the verdicts of phase 1 go as models grow: sizes.json, .md, .png, from runs at 1, 2 and 4 times the size.
 
+    python train.py configs/search/small/architecture.py --parallel=2
     python train.py configs/search/small/sizes.py --parallel=2
-    python results/search/sizes.py [--csv out/small_sizes/summary.csv]
+    python results/search/sizes.py [--csv out/small_architecture/summary.csv out/small_sizes/summary.csv]
+
+sizes/first.csv is of the first command by the code of today, so that all sizes begin with weights of one kind; the runs
+in architecture/, which the audit reads, are of an older one.
 
 A verdict is a difference of two models' losses, seed by seed. Its trend is the slope of a line through all of them
 against the logarithm of the size, with Student's 95% interval: nats for each doubling.
@@ -86,8 +90,9 @@ def draw(result: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--csv", type=Path, default=HERE / "sizes" / "summary.csv")
-    rows = read([HERE / "architecture" / "summary.csv", parser.parse_args().csv])
+    parser.add_argument("--csv", type=Path, nargs=2,
+                        default=[HERE / "sizes" / "first.csv", HERE / "sizes" / "summary.csv"])
+    rows = read(parser.parse_args().csv)
     found = losses(rows)
     result = {"differences": {}, "rank_correlations": {
         group: [rank_correlation(found, rows, group, size) for size in SIZES] for group in GROUPS}}
