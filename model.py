@@ -997,7 +997,6 @@ def validate(config: ModelConfig) -> None:
     """Raise BadInput at the first value no model can have."""
     require_each(config, "n_layer d_model n_head n_kv_head d_head n_expert top_k d_expert vocab_size seq_len "
                  "max_seq_len rope_base norm_eps init_scale", lambda n: 0 < n < 2**31, "be positive, below 2**31")
-    require_each(config, "n_layer", lambda n: n <= 4096, "be at most 4096")
     require_each(config, "aux_coef z_coef bias_rate router_noise d_shared first_dense_layers", lambda n: n >= 0,
                  "not be negative")
     require_each(config, "capacity_factor eval_capacity_factor", lambda n: n > 0, "be positive, or None for no limit")

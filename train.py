@@ -409,6 +409,7 @@ def validate_run(config: Config) -> None:
     require_each(config, "min_learning_rate warmup decay weight_decay grad_clip seed", lambda n: n >= 0,
                  "not be negative")
     require_each(config, "seed", lambda n: n < 2**32, "be less than 2**32")
+    require_each(config, "n_layer", lambda n: n <= 4096, "be at most 4096")
     require_each(config, "max_steps max_tokens", lambda n: n < 2**62, "be less than 2**62")
     require_each(config, "dataset tokenizer", lambda text: 0 < len(text) < 1000, "be a name of 1 to 1000 characters")
     require_each(config, "dataset tokenizer out_dir", lambda text: text.encode(errors="ignore").decode() == text,

@@ -128,6 +128,9 @@ def test_an_interrupted_sweep_saves_its_run_and_the_same_command_continues_it(co
     lines = Path("out/sweep/long/log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if "lr" in line] == list(range(300))
     assert "continuing at step" in log.read_text()
+    assert command("--previous", "--only=long", "--parallel=0")[0] == 2, "refused before anything is thrown away"
+    assert (log.parent / "result.json").is_file() and command("--previous", "--only=long")[0] == 0
+    assert statuses()["long"] == "done" and log.read_text().count("continuing at step") == 2
 
 
 @pytest.mark.parametrize("error, code", [
