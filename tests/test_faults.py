@@ -181,16 +181,34 @@ def test_a_result_without_its_checkpoint_is_finished_and_one_without_its_config_
 
 
 @pytest.mark.parametrize("lost", [lambda log: log.unlink(), lambda log: log.write_text("")])
-def test_a_log_that_is_lost_before_the_result_is_written_does_not_keep_it_back(lost, halfway, command):
+def test_a_log_that_is_lost_before_the_result_is_written_does_not_keep_it_back(lost, halfway, command, monkeypatch):
     assert command()[0] == 0
+    monkeypatch.setattr(t, "draw_figures", DRAW_FIGURES)
     (OUT / "result.json").unlink()
     lost(OUT / "log.jsonl")
     code, _, err = command()
     assert code == 0 and (OUT / "result.json").exists(), err
 
 
-def test_names_are_drawn_as_they_are(halfway, command):
+def test_a_null_character_and_a_deep_file_are_one_line(command, script):
+    Path("null.py").write_text('out_dir = "a\\0b"\n')
+    one_line(command(config="null.py"), "must hold no null character")
+    Path("deep.json").write_text("[" * 99_999)
+    one_line(script(scaling, "fit", "deep.json"), "cannot be read as a CSV or a result.json")
+
+
+def test_groups_are_drawn_as_they_are(command):
+    runs = [dict(name="a", group="$\\foo$"), dict(name="b", group="other")]
+    Path("sweep.py").write_text(Path("tiny.py").read_text() + f"runs = {runs!r}\n")
+    for config in t.load_runs("sweep.py"):
+        finish(config)
+    code, _, err = command("--report", config="sweep.py")
+    assert code == 0 and Path("out/sweep/summary.png").exists(), err
+
+
+def test_names_are_drawn_as_they_are(command, monkeypatch):
     """matplotlib takes what stands between two dollars for mathematics, and stops at what it does not know."""
+    monkeypatch.setattr(t, "draw_figures", DRAW_FIGURES)
     code, _, err = command("--out_dir=out/$\\foo$")
     assert code == 0 and (Path("out/$\\foo$") / "result.json").exists(), err
 
