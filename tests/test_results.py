@@ -165,6 +165,8 @@ def test_the_effects_of_the_factorial_are_those_of_its_runs():
                            "helps" if effects[name] < 0 else "hurts")
     pairs = {name: effect for name, effect in effects.items() if len(name) == 2}
     assert [name for name in pairs if abs(pairs[name]) > half[name]] == ["AE"]
+    assert max(map(abs, pairs.values())) < min(0.0125, abs(effects["A"]) / 4)
+    says(README.read_text(), f"of ten interactions of five choices one is resolved, {abs(pairs['AE']):.3f}")
     few, many = effects["E"] - effects["AE"], effects["E"] + effects["AE"]
     error = 2 ** 0.5 * half["E"]
     says(SLICING, f"A x E {signed(effects['AE'])} (± {half['AE']:.3f}): dropping costs {-few:.3f} ± {error:.3f} nats",
